@@ -1,0 +1,114 @@
+//! The configuration of both backends, as plain data.
+//!
+//! The shim's `config` module reads, merges and checks the files; these are the
+//! sections it hands to a backend. Unknown keys are errors.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// What runs a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Ordinary containers, run by an OCI runtime.
+    #[default]
+    Container,
+    /// One libvirt machine for the pod.
+    Machine,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Container => "container",
+            Self::Machine => "machine",
+        })
+    }
+}
+
+/// Section `[container]`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ContainerConfig {
+    /// The OCI runtime's binary; unset: the first of crun, runc on `PATH` whose
+    /// `features` say that it can run this host's specs.
+    pub runtime: Option<PathBuf>,
+}
+
+/// How the host talks to the guest agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Channel {
+    /// vsock where the host has it, else virtio-serial.
+    #[default]
+    Auto,
+    /// A virtio-serial port on a unix socket.
+    VirtioSerial,
+    /// vhost-vsock.
+    Vsock,
+}
+
+/// What executes guest code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AcceleratorChoice {
+    /// KVM where it really runs a guest (probed once), else TCG.
+    #[default]
+    Auto,
+    /// KVM, or an error.
+    Kvm,
+    /// QEMU's software emulation.
+    Tcg,
+}
+
+/// Section `[machine]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MachineConfig {
+    /// libvirt connection URI.
+    pub libvirt_uri: String,
+    /// Guest kernel: an ELF with a PVH entry (`vmlinux`), as `hack/guest` builds it.
+    pub kernel: PathBuf,
+    /// Guest initramfs with the agent as `/init`.
+    pub initramfs: PathBuf,
+    /// Appended to the guest kernel's command line.
+    pub kernel_params: String,
+    /// What executes guest code.
+    pub accelerator: AcceleratorChoice,
+    /// How the host talks to the guest agent.
+    pub channel: Channel,
+    /// vCPUs of a pod that sets no CPU limit.
+    pub vcpus: u32,
+    /// Memory of a pod that sets no memory limit.
+    pub memory_mib: u64,
+    /// Virtual size of the pod's sparse writable disk.
+    pub disk_gib: u64,
+    /// How long a machine may take from power-on to its agent's first answer.
+    pub boot_timeout_s: u64,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            libvirt_uri: "qemu:///system".into(),
+            kernel: "/var/lib/dyad/guest/vmlinux".into(),
+            initramfs: "/var/lib/dyad/guest/initramfs.zst".into(),
+            kernel_params: String::new(),
+            accelerator: AcceleratorChoice::default(),
+            channel: Channel::default(),
+            vcpus: 1,
+            memory_mib: 256,
+            disk_gib: 10,
+            boot_timeout_s: 60,
+        }
+    }
+}
+
+impl MachineConfig {
+    /// [`Self::boot_timeout_s`] as a duration.
+    pub fn boot_timeout(&self) -> Duration {
+        Duration::from_secs(self.boot_timeout_s)
+    }
+}

@@ -1,0 +1,97 @@
+//! What a backend is asked to run: checked, kind-neutral specs.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use oci_spec::runtime::{LinuxResources, Process, Spec};
+
+/// A filesystem to mount, as the snapshotter describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RootMount {
+    /// Filesystem type (`overlay`, `bind`, `erofs` …).
+    pub fstype: String,
+    /// Device or directory.
+    pub source: String,
+    /// Mount options (`lowerdir=…`, `ro` …).
+    pub options: Vec<String>,
+}
+
+/// What a container is in its pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The pod itself: the pause container, or the machine.
+    Sandbox,
+    /// A container in the pod.
+    Container,
+}
+
+/// The pod that a container belongs to, from CRI's annotations.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PodInfo {
+    /// Sandbox id; for a task outside CRI, the task's own id.
+    pub sandbox_id: String,
+    /// Kubernetes namespace, or empty outside CRI.
+    pub namespace: String,
+    /// Pod name, or empty outside CRI.
+    pub name: String,
+    /// Pod UID, or empty outside CRI.
+    pub uid: String,
+    /// `dyad.dev/*` annotations that the configuration allows.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// The open ends of a process's stdio on the host side. The shim owns the FIFOs
+/// and hands out duplicates, so that a process can be started again on the same ones.
+#[derive(Debug, Default)]
+pub struct Stdio {
+    /// Read by the backend, bytes for the process's stdin.
+    pub stdin: Option<OwnedFd>,
+    /// Written by the backend.
+    pub stdout: Option<OwnedFd>,
+    /// Written by the backend; unused with a terminal.
+    pub stderr: Option<OwnedFd>,
+    /// The process gets a pseudo-terminal; its output goes to `stdout`.
+    pub terminal: bool,
+}
+
+/// A container to create.
+#[derive(Debug)]
+pub struct ContainerSpec {
+    /// The container's id.
+    pub id: String,
+    /// containerd's namespace.
+    pub containerd_namespace: String,
+    /// What it is in its pod.
+    pub role: Role,
+    /// Its pod.
+    pub pod: PodInfo,
+    /// The OCI bundle directory.
+    pub bundle: PathBuf,
+    /// To be mounted on `rootfs` in the bundle, in this order; empty: already there.
+    pub rootfs: Vec<RootMount>,
+    /// The OCI runtime spec, read from the bundle's `config.json`.
+    pub oci: Spec,
+    /// The init process's stdio.
+    pub stdio: Stdio,
+}
+
+/// A further process in a container.
+#[derive(Debug)]
+pub struct ExecSpec {
+    /// Its id, unique in the container.
+    pub exec_id: String,
+    /// The OCI process.
+    pub process: Process,
+    /// Its stdio.
+    pub stdio: Stdio,
+}
+
+/// New limits for a container or a pod.
+#[derive(Debug, Clone)]
+pub struct Resources {
+    /// OCI resources; what is unset stays as it is.
+    pub linux: LinuxResources,
+    /// Annotations that came with the update.
+    pub annotations: BTreeMap<String, String>,
+}
