@@ -1,0 +1,219 @@
+# shellcheck shell=bash
+# The private containerd of one environment: its configuration, its network, its start.
+
+# short_hash DIR: 8 hex digits that tell environments apart.
+short_hash() { printf '%s' "$1" | sha256sum | cut -c1-8; }
+
+bridge_name() { printf 'dyad%s\n' "$(short_hash "$1")"; }
+
+# free_subnet DIR: a /24 that nothing on this host routes to, the same for the same DIR if it can be; "10.X.Y".
+free_subnet() {
+    local seed i subnet
+    seed=$((16#$(short_hash "$1") % 16128))
+    for ((i = 0; i < 256; i++)); do
+        subnet=10.$((192 + (seed + i) % 16128 / 256)).$(((seed + i) % 256))
+        if ! ip -4 route show root 10.0.0.0/8 | grep -qF "$subnet."; then
+            printf '%s\n' "$subnet"
+            return
+        fi
+    done
+    die "no free subnet in 10.192.0.0/10"
+}
+
+# The bridge is made here and not by its CNI plugin, which would switch on the host's IP forwarding.
+# An MTU that is not the usual one shows whether a pod really gets what CNI said.
+write_network() {
+    local dir=$1 bridge subnet
+    bridge=$(bridge_name "$dir")
+    if ! ip link show "$bridge" >/dev/null 2>&1; then
+        subnet=$(free_subnet "$dir")
+        ip link add "$bridge" type bridge
+        ip addr add "$subnet.1/24" dev "$bridge"
+        ip link set "$bridge" mtu 1450 up
+        cat >"$dir/etc/cni/net.d/10-dyad.conflist" <<JSON
+{
+  "cniVersion": "1.0.0",
+  "name": "$bridge",
+  "plugins": [
+    {
+      "type": "bridge", "bridge": "$bridge", "isGateway": false, "ipMasq": false, "hairpinMode": true, "mtu": 1450,
+      "ipam": {
+        "type": "host-local", "dataDir": "$dir/cni/ipam",
+        "ranges": [[{"subnet": "$subnet.0/24", "gateway": "$subnet.1"}]],
+        "routes": [{"dst": "0.0.0.0/0"}]
+      }
+    }$(if have iptables || have nft; then printf ',\n    {"type": "portmap", "capabilities": {"portMappings": true}}'; fi)
+  ]
+}
+JSON
+    fi
+}
+
+# write_containerd_config DIR VERSION
+write_containerd_config() {
+    local dir=$1 version=$2
+    {
+        case $version in
+        1.*) printf 'version = 2\n' ;;
+        *) printf 'version = 3\n' ;;
+        esac
+        cat <<TOML
+root = "$dir/containerd/root"
+state = "$dir/containerd/state"
+oom_score = 0
+disabled_plugins = [
+  "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.blockfile",
+  "io.containerd.nri.v1.nri", "io.containerd.tracing.processor.v1.otlp",
+]
+
+[grpc]
+  address = "$dir/containerd/containerd.sock"
+
+[plugins."io.containerd.internal.v1.opt"]
+  path = "$dir/containerd/opt"
+TOML
+        case $version in
+        1.*) cri_config_v2 "$dir" ;;
+        *) cri_config_v3 "$dir" ;;
+        esac
+    } >"$dir/etc/containerd.toml"
+}
+
+# containerd 1.x: one CRI plugin.
+cri_config_v2() {
+    local dir=$1 cri='plugins."io.containerd.grpc.v1.cri"'
+    cat <<TOML
+
+[$cri]
+  sandbox_image = "dyad.test/pause:1"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  netns_mounts_under_state_dir = true
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+
+[$cri.cni]
+  bin_dir = "$dir/cni/bin"
+  conf_dir = "$dir/etc/cni/net.d"
+
+[$cri.containerd]
+  snapshotter = "overlayfs"
+  default_runtime_name = "runc"
+TOML
+    runtime_tables "$dir" "$cri.containerd.runtimes"
+}
+
+# containerd 2.x: images, runtime and streaming are configured apart.
+cri_config_v3() {
+    local dir=$1 images='plugins."io.containerd.cri.v1.images"' runtime='plugins."io.containerd.cri.v1.runtime"'
+    cat <<TOML
+
+[$images]
+  snapshotter = "overlayfs"
+  [$images.pinned_images]
+    sandbox = "dyad.test/pause:1"
+
+[plugins."io.containerd.grpc.v1.cri"]
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+
+[$runtime]
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  netns_mounts_under_state_dir = true
+
+[$runtime.cni]
+  bin_dirs = ["$dir/cni/bin"]
+  conf_dir = "$dir/etc/cni/net.d"
+
+[$runtime.containerd]
+  default_runtime_name = "runc"
+TOML
+    runtime_tables "$dir" "$runtime.containerd.runtimes"
+}
+
+# The runtime handlers, the same for every version: the stock shim to compare with, and Dyad's two kinds.
+runtime_tables() {
+    local dir=$1 table=$2 handler
+    cat <<TOML
+
+[$table.runc]
+  runtime_type = "io.containerd.runc.v2"
+  [$table.runc.options]
+    BinaryName = "$dir/bin/runc"
+    Root = "$dir/runc"
+    SystemdCgroup = false
+TOML
+    for handler in dyad dyad-vm; do
+        cat <<TOML
+
+[$table.$handler]
+  runtime_type = "io.containerd.dyad.v2"
+  pod_annotations = ["dyad.dev/*"]
+  container_annotations = ["dyad.dev/*"]
+  [$table.$handler.options]
+    ConfigPath = "$dir/etc/$handler.toml"
+TOML
+    done
+}
+
+# write_dyad_config DIR: the configuration file of either handler.
+write_dyad_config() {
+    local dir=$1
+    cat >"$dir/etc/dyad.toml" <<TOML
+kind = "container"
+state_dir = "$dir/dyad/run"
+cache_dir = "$dir/dyad/lib"
+log_level = "${DYAD_LOG_LEVEL:-info}"
+
+[container]
+runtime = "$dir/bin/runc"
+
+[annotations]
+allow = ["dyad.dev/vcpus"]
+TOML
+    cat >"$dir/etc/dyad-vm.toml" <<TOML
+kind = "machine"
+state_dir = "$dir/dyad/run"
+cache_dir = "$dir/dyad/lib"
+log_level = "${DYAD_LOG_LEVEL:-info}"
+
+[container]
+runtime = "$dir/bin/runc"
+
+[machine]
+libvirt_uri = "$(libvirt_uri "$dir")"
+kernel = "$dir/guest/vmlinux"
+initramfs = "$dir/guest/initramfs.zst"
+
+[annotations]
+allow = ["dyad.dev/vcpus"]
+TOML
+}
+
+# start_containerd DIR: starts it unless it runs, and waits until its CRI answers.
+start_containerd() {
+    local dir=$1
+    if ! daemon_pid "$dir" containerd >/dev/null; then
+        start_daemon "$dir" containerd env "PATH=$dir/bin:$PATH" "$dir/bin/containerd" --config "$dir/etc/containerd.toml"
+    fi
+    await "containerd's CRI" "$dir" containerd cri_ready "$dir"
+}
+
+cri_ready() {
+    "$1/bin/crictl" --config "$1/etc/crictl.yaml" --timeout 2s info >/dev/null 2>&1
+}
+
+# await WHAT DIR DAEMON COMMAND...: until the command succeeds; fails at once when the daemon died.
+await() {
+    local what=$1 dir=$2 daemon=$3 i
+    shift 3
+    for ((i = 0; i < 600; i++)); do
+        if "$@"; then return 0; fi
+        daemon_pid "$dir" "$daemon" >/dev/null || break
+        sleep 0.1
+    done
+    tail -n 20 "$dir/log/$daemon.log" >&2
+    die "$what did not come up; its log is $dir/log/$daemon.log"
+}
