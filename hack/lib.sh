@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # Shared by every command in hack/. Source it; it defines functions and settings and changes nothing by itself.
-set -euo pipefail
+set -Eeuo pipefail
+# A command that fails without a word of its own still says where.
+trap 'printf "%s: %s:%s: failed: %s\n" "${0##*/}" "${BASH_SOURCE[0]##*/}" "$LINENO" "$BASH_COMMAND" >&2' ERR
 
 DYAD_REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DYAD_CACHE=${DYAD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dyad}

@@ -22,11 +22,11 @@ is_zombie() {
 # in DIR/log/NAME.log, its pid in DIR/pid/NAME. What the daemon leaves behind (shims, QEMU) becomes the subreaper's
 # child: libvirt and the shims see an exit at once, also where the host's PID 1 reaps late.
 start_daemon() {
-    local dir=$1 name=$2 reaper pid='' tries
+    local dir=$1 name=$2 reaper pid=''
     shift 2
     DYAD_ENVIRONMENT=$dir setsid tini -s -- "$@" >>"$dir/log/$name.log" 2>&1 </dev/null &
     reaper=$!
-    for tries in $(seq 100); do
+    for _ in $(seq 100); do
         pid=$(cat "/proc/$reaper/task/$reaper/children" 2>/dev/null || true)
         pid=${pid%% *}
         [ -z "$pid" ] || break
