@@ -8,6 +8,7 @@
 pub mod config;
 pub mod error;
 pub mod handler;
+pub mod pump;
 pub mod reaper;
 pub mod spec;
 pub mod stats;
