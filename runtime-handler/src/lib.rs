@@ -7,6 +7,7 @@
 
 pub mod config;
 pub mod error;
+pub mod fake;
 pub mod handler;
 pub mod pump;
 pub mod reaper;
