@@ -9,6 +9,17 @@ DYAD_CACHE=${DYAD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dyad}
 DYAD_DEFAULT_DIR=/tmp/dyad
 export DYAD_REPO DYAD_CACHE DYAD_DEFAULT_DIR
 
+# outside_environments PATH: that search path without the bin folders of environments. `hack/up` puts links to the tools
+# there, so they are never taken for the host's own.
+outside_environments() {
+    local folder result=''
+    while read -r -d: folder; do
+        [ -e "$(dirname "$folder")/.dyad-environment" ] || result+=${result:+:}$folder
+    done <<<"$1:"
+    printf '%s\n' "$result"
+}
+PATH=$(outside_environments "$PATH")
+
 # stdout of some commands is meant for eval, so everything for people goes to stderr.
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() { say "error: $*"; exit 1; }
@@ -74,36 +85,43 @@ apt_update() {
     fi
 }
 
+# debian_version PACKAGE: the version apt would install, or nothing.
+debian_version() {
+    apt-cache show --no-all-versions "$1" 2>/dev/null | sed -n 's/^Version: //p' | head -n1
+}
+
 # Unpacks a Debian package into the cache without installing it, and prints the folder. The folder is named
 # after the version apt found, so a new version is fetched beside the old one.
 debian_package() {
-    local name=$1 version folder work
-    version=$(apt-cache show --no-all-versions "$name" 2>/dev/null | sed -n 's/^Version: //p' | head -n1)
-    if [ -z "$version" ]; then
-        apt_update
-        version=$(apt-cache show --no-all-versions "$name" | sed -n 's/^Version: //p' | head -n1)
-    fi
-    [ -n "$version" ] || die "apt knows no package $name"
-    folder=$DYAD_CACHE/deb/${name}_${version//[:\/]/_}
-    if [ ! -e "$folder/.complete" ]; then
-        locked deb unpack_debian_package "$name" "$version" "$folder"
-    fi
-    printf '%s\n' "$folder"
+    have apt-get || die "no apt-get here, and $1 comes from Debian"
+    if [ -z "$(debian_version "$1")" ]; then apt_update; fi
+    locked deb unpack_debian_package "$1"
 }
 
 unpack_debian_package() {
-    local name=$1 version=$2 folder=$3 work
-    [ ! -e "$folder/.complete" ] || return 0
-    say "fetching Debian's $name $version"
+    local name=$1 version folder work attempt
     work=$(mktemp -d)
     # apt drops its rights to a user that must be able to write here.
     chmod 0777 "$work"
-    (cd "$work" && { apt-get download -q "$name=$version" >&2 || { apt-get update -q >&2 && apt-get download -q "$name=$version" >&2; }; })
-    rm -rf "$folder"
-    mkdir -p "$folder"
-    dpkg -x "$work"/*.deb "$folder"
+    for attempt in 1 2; do
+        version=$(debian_version "$name")
+        [ -n "$version" ] || die "apt knows no package $name"
+        folder=$DYAD_CACHE/deb/${name}_${version//[:\/]/_}
+        if [ -e "$folder/.complete" ]; then break; fi
+        say "fetching Debian's $name $version"
+        if (cd "$work" && apt-get download -q "$name=$version" >&2); then
+            rm -rf "$folder"
+            mkdir -p "$folder"
+            dpkg -x "$work"/*.deb "$folder"
+            touch "$folder/.complete"
+            break
+        fi
+        # An old list names a version that the archive has replaced since.
+        [ "$attempt" = 1 ] || die "could not fetch $name $version"
+        apt-get update -q >&2
+    done
     rm -rf "$work"
-    touch "$folder/.complete"
+    printf '%s\n' "$folder"
 }
 
 require_cargo() {

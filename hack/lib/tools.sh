@@ -83,7 +83,12 @@ containerd_folder() {
         ;;
     esac
     case $1 in
-    1.6) printf '%s/usr/bin\n' "$(debian_package containerd)" ;;
+    1.6)
+        case $(debian_version containerd) in
+        1.6.*) printf '%s/usr/bin\n' "$(debian_package containerd)" ;;
+        *) die "containerd 1.6 is Debian 12's package, and this system has another: run this on Debian 12" ;;
+        esac
+        ;;
     1.7 | 2.1 | 2.3) go_tool "containerd-$1" ;;
     *) die "no recipe for containerd $1: known are 1.6, 1.7, 2.1 and 2.3" ;;
     esac
