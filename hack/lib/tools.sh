@@ -69,19 +69,26 @@ host_version() {
     have "$1" && "$1" --version 2>/dev/null | grep -oE 'v?[0-9]+\.[0-9]+\.[0-9]+' | head -n1 | tr -d v
 }
 
+# host_containerd: minor version of the host's containerd if it is a 2.1 or newer with its programs beside it, else
+# nothing. (2.0 knows no `bin_dirs`.)
+host_containerd() {
+    local version folder
+    version=$(host_version containerd) || return 0
+    folder=$(dirname "$(command -v containerd)")
+    [ -x "$folder/ctr" ] && [ -x "$folder/containerd-shim-runc-v2" ] || return 0
+    case $version in
+    2.0.*) ;;
+    2.*) printf '%s\n' "${version%.*}" ;;
+    esac
+}
+
 # containerd_folder VERSION: a folder with containerd, ctr and the stock runc shim of that minor version.
 # The host's own programs serve where they are of that version; their state is never used.
 containerd_folder() {
-    local found
-    case $(host_version containerd) in
-    "$1".*)
-        found=$(dirname "$(command -v containerd)")
-        if [ -x "$found/ctr" ] && [ -x "$found/containerd-shim-runc-v2" ]; then
-            printf '%s\n' "$found"
-            return
-        fi
-        ;;
-    esac
+    if [ "$(host_containerd)" = "$1" ]; then
+        dirname "$(command -v containerd)"
+        return
+    fi
     case $1 in
     1.6)
         case $(debian_version containerd) in
@@ -94,13 +101,16 @@ containerd_folder() {
     esac
 }
 
-# host_containerd: minor version of the host's containerd if it is a 2.x that can serve, else nothing.
-host_containerd() {
-    local version
-    version=$(host_version containerd) || return 0
-    case $version in
-    2.*) printf '%s\n' "${version%.*}" ;;
-    esac
+# cni_folder: the host's CNI plugins if the ones we need are among them, else ours.
+cni_folder() {
+    local folder
+    for folder in /opt/cni/bin /usr/lib/cni; do
+        if [ -x "$folder/bridge" ] && [ -x "$folder/host-local" ] && [ -x "$folder/loopback" ] && [ -x "$folder/portmap" ]; then
+            printf '%s\n' "$folder"
+            return
+        fi
+    done
+    go_tool cni
 }
 
 # crictl_path: crictl 1.30 or newer of the host, else ours.
