@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Shared by every command in hack/. Source it; it defines functions and settings and changes nothing by itself.
 set -Eeuo pipefail
-# A command that fails without a word of its own still says where.
-trap 'printf "%s: %s:%s: failed: %s\n" "${0##*/}" "${BASH_SOURCE[0]##*/}" "$LINENO" "$BASH_COMMAND" >&2' ERR
+# A command that fails without a word of its own still says where; `die` has said it.
+trap '[ $? = 3 ] || printf "%s: %s:%s: failed: %s\n" "${0##*/}" "${BASH_SOURCE[0]##*/}" "$LINENO" "$BASH_COMMAND" >&2' ERR
 
 DYAD_REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DYAD_CACHE=${DYAD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dyad}
@@ -22,7 +22,7 @@ PATH=$(outside_environments "$PATH")
 
 # stdout of some commands is meant for eval, so everything for people goes to stderr.
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
-die() { say "error: $*"; exit 1; }
+die() { say "error: $*"; exit 3; }
 
 # Prints the comment block at the top of the calling script: that block is its --help.
 usage() { sed -n '2,/^[^#]/{/^#/!q;s/^# \{0,1\}//;p}' "$0"; }

@@ -138,11 +138,12 @@ oci_architecture() {
 # import_images DIR: into the environment's containerd, where they are missing.
 import_images() {
     local dir=$1 folder there tar
+    local ctr=(env CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 "$dir/bin/ctr" --address "$dir/containerd/containerd.sock" -n k8s.io)
     folder=$(test_images)
-    there=$("$dir/bin/ctr" --address "$dir/containerd/containerd.sock" -n k8s.io images ls -q)
+    there=$("${ctr[@]}" images ls -q)
     for tar in "$folder"/*.tar; do
         if ! grep -qx "dyad.test/$(basename "$tar" .tar):1" <<<"$there"; then
-            "$dir/bin/ctr" --address "$dir/containerd/containerd.sock" -n k8s.io images import "$tar" >/dev/null
+            "${ctr[@]}" images import "$tar" >/dev/null
         fi
     done
 }

@@ -85,6 +85,7 @@ host_containerd() {
 # containerd_folder VERSION: a folder with containerd, ctr and the stock runc shim of that minor version.
 # The host's own programs serve where they are of that version; their state is never used.
 containerd_folder() {
+    local folder
     if [ "$(host_containerd)" = "$1" ]; then
         dirname "$(command -v containerd)"
         return
@@ -92,7 +93,10 @@ containerd_folder() {
     case $1 in
     1.6)
         case $(debian_version containerd) in
-        1.6.*) printf '%s/usr/bin\n' "$(debian_package containerd)" ;;
+        1.6.*)
+            folder=$(debian_package containerd)
+            printf '%s/usr/bin\n' "$folder"
+            ;;
         *) die "containerd 1.6 is Debian 12's package, and this system has another: run this on Debian 12" ;;
         esac
         ;;
@@ -115,25 +119,27 @@ cni_folder() {
 
 # crictl_path: crictl 1.30 or newer of the host, else ours.
 crictl_path() {
-    local version minor
+    local version minor folder
     version=$(host_version crictl) || version=
     minor=${version#1.}
     if [ -n "$version" ] && [ "${minor%%.*}" -ge 30 ]; then
         command -v crictl
     else
-        printf '%s/crictl\n' "$(go_tool crictl)"
+        folder=$(go_tool crictl)
+        printf '%s/crictl\n' "$folder"
     fi
 }
 
 # runc_path: runc 1.2 or newer of the host, else ours. Older ones (and Debian 12's crun) refuse specs of
 # containerd 2.x or lack `features`.
 runc_path() {
-    local version minor
+    local version minor folder
     version=$(host_version runc) || version=
     minor=${version#1.}
     if [ -n "$version" ] && [ "${minor%%.*}" -ge 2 ] && runc features >/dev/null 2>&1; then
         command -v runc
     else
-        printf '%s/runc\n' "$(go_tool runc)"
+        folder=$(go_tool runc)
+        printf '%s/runc\n' "$folder"
     fi
 }
