@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Shared by every command in hack/. Source it; it defines functions and settings and changes nothing by itself.
 set -Eeuo pipefail
+shopt -s inherit_errexit
 # A command that fails without a word of its own still says where; `die` has said it.
 trap '[ $? = 3 ] || printf "%s: %s:%s: failed: %s\n" "${0##*/}" "${BASH_SOURCE[0]##*/}" "$LINENO" "$BASH_COMMAND" >&2' ERR
 
