@@ -1,0 +1,627 @@
+//! The host's side: calls, and streams by offset, over connections that come and go.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use protobuf::{Enum, Message};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{Notify, oneshot, watch};
+use tokio::time::Instant;
+
+use super::connection::{self, BATCH, Side};
+use super::frame::{self, Frame, FrameError, MAX_BODY};
+use super::table::{Source, StreamError, Table};
+use super::{INPUT_CAPACITY, OUTPUT_WINDOW, StreamKey, VERSION, VSOCK_PORT, vsock};
+
+/// Where the host writes a process's input.
+pub use super::table::Sink as InputWriter;
+
+/// The reading half of a channel.
+pub type BoxReader = Box<dyn AsyncRead + Send + Unpin>;
+/// The writing half of a channel.
+pub type BoxWriter = Box<dyn AsyncWrite + Send + Unpin>;
+
+/// HELLO is said again after this time, then after twice as long, and so on …
+const HELLO_AGAIN: Duration = Duration::from_millis(100);
+/// … up to this.
+const HELLO_AGAIN_MAX: Duration = Duration::from_secs(1);
+
+/// A connection is tried again after this time, then after twice as long, and so on …
+const CONNECT_AGAIN: Duration = Duration::from_millis(20);
+/// … up to this.
+const CONNECT_AGAIN_MAX: Duration = Duration::from_secs(1);
+
+/// The host's side of the link. Clones are the same link; it is closed when the last
+/// one is dropped.
+#[derive(Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+    _closes: Arc<CloseOnDrop>,
+}
+
+/// The guest that answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// Differs for every boot of the guest.
+    pub boot_id: String,
+}
+
+/// Why no guest was greeted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReadyError {
+    /// None answered in time.
+    #[error("the guest agent did not answer within {0:?}")]
+    Timeout(Duration),
+    /// It speaks another version of the link.
+    #[error("the guest agent speaks version {guest} of the link, this host {VERSION}")]
+    Version {
+        /// The guest's version.
+        guest: u32,
+    },
+    /// [`Client::close`] was called.
+    #[error("the link to the guest is closed")]
+    Closed,
+}
+
+/// Why a call gave no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CallError {
+    /// The guest refused, or failed.
+    #[error("{message}")]
+    Status {
+        /// Of which kind.
+        code: ttrpc::Code,
+        /// Its words.
+        message: String,
+    },
+    /// [`Client::close`] was called, or the guest speaks another version.
+    #[error("the link to the guest is closed")]
+    Closed,
+    /// The guest booted anew; nobody works on the call any more.
+    #[error("the guest restarted")]
+    Restarted,
+    /// It fits in no frame.
+    #[error("the request has {0} bytes, {MAX_BODY} fit")]
+    TooLarge(usize),
+    /// The request or its answer is not a message of its type.
+    #[error("message cannot be encoded or decoded: {0}")]
+    Message(String),
+}
+
+struct Shared {
+    session: u64,
+    table: Arc<Table>,
+    state: Mutex<State>,
+    status: watch::Sender<Status>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Status {
+    /// No guest is greeted now.
+    Away,
+    Live(Hello),
+    WrongVersion {
+        guest: u32,
+    },
+    Closed,
+}
+
+struct State {
+    phase: Phase,
+    /// HELLOs said so far.
+    attempt: u64,
+    next_id: u64,
+    calls: BTreeMap<u64, Call>,
+    /// What is to be sent about calls.
+    queue: VecDeque<Out>,
+    /// The guest that was greeted last.
+    boot_id: Option<String>,
+}
+
+enum Phase {
+    Down,
+    Greeting {
+        /// HELLOs up to this one belong to an earlier greeting.
+        after: u64,
+        next: Instant,
+        gap: Duration,
+    },
+    Live,
+}
+
+struct Call {
+    service: String,
+    method: String,
+    payload: Bytes,
+    answer: oneshot::Sender<Result<Bytes, CallError>>,
+}
+
+enum Out {
+    Request(u64),
+    Answered(u64),
+}
+
+struct CloseOnDrop(Arc<Shared>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close(Status::Closed);
+    }
+}
+
+/// A connector for [`Client::new`]: the unix socket of a virtio-serial channel.
+pub fn unix(
+    path: impl Into<PathBuf>,
+) -> impl Fn() -> Pin<Box<dyn Future<Output = io::Result<(BoxReader, BoxWriter)>> + Send>> + Send + Sync
+{
+    let path = path.into();
+    move || {
+        let path = path.clone();
+        Box::pin(async move {
+            let (reader, writer) = tokio::net::UnixStream::connect(&path).await?.into_split();
+            Ok((Box::new(reader) as BoxReader, Box::new(writer) as BoxWriter))
+        })
+    }
+}
+
+/// A connector for [`Client::new`]: the guest with the vsock context id `cid`.
+pub fn vsock(
+    cid: u32,
+) -> impl Fn() -> Pin<Box<dyn Future<Output = io::Result<(BoxReader, BoxWriter)>> + Send>> + Send + Sync
+{
+    move || {
+        Box::pin(async move {
+            let (reader, writer) = vsock::connect(cid, VSOCK_PORT).await?.into_split();
+            Ok((Box::new(reader) as BoxReader, Box::new(writer) as BoxWriter))
+        })
+    }
+}
+
+impl Client {
+    /// A link over the channels that `connector` opens; it is asked again whenever
+    /// one ends. Must be called in a tokio runtime.
+    pub fn new<F, Fut>(connector: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = io::Result<(BoxReader, BoxWriter)>> + Send,
+    {
+        let state = State {
+            phase: Phase::Down,
+            attempt: 0,
+            next_id: 1,
+            calls: BTreeMap::new(),
+            queue: VecDeque::new(),
+            boot_id: None,
+        };
+        let shared = Arc::new(Shared {
+            session: random(),
+            table: Arc::new(Table::default()),
+            state: Mutex::new(state),
+            status: watch::Sender::new(Status::Away),
+        });
+        let driven = Arc::clone(&shared);
+        tokio::spawn(async move {
+            let mut status = driven.status.subscribe();
+            tokio::select! {
+                () = driven.drive(connector) => {}
+                _ = status.wait_for(Status::is_final) => {}
+            }
+        });
+        let closes = Arc::new(CloseOnDrop(Arc::clone(&shared)));
+        Self {
+            shared,
+            _closes: closes,
+        }
+    }
+
+    /// Waits until a guest is greeted.
+    ///
+    /// # Errors
+    /// None is within `timeout`, it speaks another version, or the link is closed.
+    pub async fn ready(&self, timeout: Duration) -> Result<Hello, ReadyError> {
+        let mut status = self.shared.status.subscribe();
+        let known = tokio::time::timeout(timeout, status.wait_for(|s| *s != Status::Away)).await;
+        match known.map_err(|_| ReadyError::Timeout(timeout))?.as_deref() {
+            Ok(Status::Live(hello)) => Ok(hello.clone()),
+            Ok(Status::WrongVersion { guest }) => Err(ReadyError::Version { guest: *guest }),
+            Ok(Status::Away | Status::Closed) | Err(_) => Err(ReadyError::Closed),
+        }
+    }
+
+    /// Calls `method` of `service` in the guest; waits for the answer as long as it
+    /// takes, over broken connections too. The guest does it once. Dropping the
+    /// future gives up the answer, not the work.
+    ///
+    /// # Errors
+    /// The guest refused, restarted meanwhile, or the link was closed.
+    pub async fn call<Req: Message, Resp: Message>(
+        &self,
+        service: &str,
+        method: &str,
+        request: &Req,
+    ) -> Result<Resp, CallError> {
+        let payload = request
+            .write_to_bytes()
+            .map_err(|e| CallError::Message(e.to_string()))?;
+        let size = frame::request_size(service, method, &payload);
+        if size > MAX_BODY {
+            return Err(CallError::TooLarge(size));
+        }
+        let (answer, answered) = oneshot::channel();
+        let call = Call {
+            service: service.to_owned(),
+            method: method.to_owned(),
+            payload: payload.into(),
+            answer,
+        };
+        let waiting = self.shared.begin(call)?;
+        let payload = answered.await.map_err(|_| CallError::Closed)??;
+        drop(waiting);
+        Resp::parse_from_bytes(&payload).map_err(|e| CallError::Message(e.to_string()))
+    }
+
+    /// Reads the output stream `key` from byte `from` on. A second reader of the same
+    /// stream takes it from the first.
+    pub fn output(&self, key: StreamKey, from: u64) -> OutputReader {
+        OutputReader {
+            source: self.shared.table.receiver(key, from, OUTPUT_WINDOW, false),
+        }
+    }
+
+    /// Writes the input stream `key`, of which the guest has received `from` bytes.
+    pub fn input(&self, key: StreamKey, from: u64) -> InputWriter {
+        self.shared.table.sender(key, from, INPUT_CAPACITY)
+    }
+
+    /// Forgets an input stream, also what was not sent yet.
+    pub fn remove_input(&self, key: &StreamKey) {
+        self.shared.table.remove(key);
+    }
+
+    /// Ends the connection for good; every call and stream fails from now on.
+    pub fn close(&self) {
+        self.shared.close(Status::Closed);
+    }
+}
+
+/// Bytes of an output stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chunk {
+    /// Offset of the first byte.
+    pub offset: u64,
+    /// The bytes; never empty.
+    pub data: Bytes,
+}
+
+impl Chunk {
+    /// Offset behind the last byte: what to acknowledge.
+    pub fn end(&self) -> u64 {
+        self.offset + self.data.len() as u64
+    }
+}
+
+/// Reads a process's output.
+#[derive(Debug)]
+pub struct OutputReader {
+    source: Source,
+}
+
+impl OutputReader {
+    /// The stream.
+    pub fn key(&self) -> &StreamKey {
+        self.source.key()
+    }
+
+    /// The next bytes, each once and in order; `None` at the end. Cancel safe.
+    ///
+    /// # Errors
+    /// The guest restarted or no longer holds the bytes, or the link was closed.
+    pub async fn next(&mut self) -> Result<Option<Chunk>, StreamError> {
+        let piece = self.source.next().await?;
+        Ok(piece.map(|(offset, data)| Chunk { offset, data }))
+    }
+
+    /// All bytes below `consumed` are where they belong; the guest may forget them.
+    /// After [`OutputReader::next`] gave `None`, acknowledging the last byte
+    /// acknowledges the end.
+    pub fn ack(&self, consumed: u64) {
+        self.source.done(consumed);
+    }
+}
+
+/// A random number without a dependency: the standard library's hash keys are random.
+fn random() -> u64 {
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    hasher.finish()
+}
+
+impl Status {
+    fn is_final(&self) -> bool {
+        matches!(self, Status::WrongVersion { .. } | Status::Closed)
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while it holds the lock with half a change made.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn drive<F, Fut>(&self, connector: F)
+    where
+        F: Fn() -> Fut,
+        Fut: Future<Output = io::Result<(BoxReader, BoxWriter)>>,
+    {
+        let mut gap = CONNECT_AGAIN;
+        loop {
+            let ended = match connector().await {
+                Ok((reader, writer)) => {
+                    self.greet(&mut self.lock());
+                    let ended = connection::run(&self, reader, writer).await;
+                    let was_live = self.down();
+                    if was_live {
+                        gap = CONNECT_AGAIN;
+                    }
+                    ended
+                }
+                Err(error) => Err(error),
+            };
+            if let Err(error) = ended {
+                log::debug!("channel to the guest: {error}");
+            }
+            tokio::time::sleep(gap).await;
+            gap = (gap * 2).min(CONNECT_AGAIN_MAX);
+        }
+    }
+
+    fn greet(&self, state: &mut State) {
+        state.phase = Phase::Greeting {
+            after: state.attempt,
+            next: Instant::now(),
+            gap: HELLO_AGAIN,
+        };
+        state.queue.clear();
+        self.table.reset();
+        self.set_status(Status::Away);
+        self.table.wake.notify_one();
+    }
+
+    fn down(&self) -> bool {
+        let mut state = self.lock();
+        let was_live = matches!(state.phase, Phase::Live);
+        state.phase = Phase::Down;
+        state.queue.clear();
+        self.table.reset();
+        self.set_status(Status::Away);
+        was_live
+    }
+
+    fn set_status(&self, status: Status) {
+        self.status.send_if_modified(|now| {
+            let change = !now.is_final() && *now != status;
+            if change {
+                *now = status;
+            }
+            change
+        });
+    }
+
+    fn close(&self, status: Status) {
+        self.set_status(status);
+        let calls = std::mem::take(&mut self.lock().calls);
+        for call in calls.into_values() {
+            // Whoever gave up waiting needs no answer.
+            let _ = call.answer.send(Err(CallError::Closed));
+        }
+        self.table.fail(&StreamError::Closed, true);
+    }
+
+    fn begin(&self, call: Call) -> Result<Waiting<'_>, CallError> {
+        let mut state = self.lock();
+        if self.status.borrow().is_final() {
+            return Err(CallError::Closed);
+        }
+        let id = state.next_id;
+        state.next_id += 1;
+        state.calls.insert(id, call);
+        if matches!(state.phase, Phase::Live) {
+            state.queue.push_back(Out::Request(id));
+        }
+        drop(state);
+        self.table.wake.notify_one();
+        Ok(Waiting { shared: self, id })
+    }
+
+    fn greeted(&self, state: &mut State, boot_id: String) {
+        if state
+            .boot_id
+            .as_ref()
+            .is_some_and(|known| *known != boot_id)
+        {
+            log::warn!("the guest restarted: boot {boot_id}");
+            for call in std::mem::take(&mut state.calls).into_values() {
+                // Whoever gave up waiting needs no answer.
+                let _ = call.answer.send(Err(CallError::Restarted));
+            }
+            self.table.fail(&StreamError::Restarted, false);
+        }
+        state.boot_id = Some(boot_id.clone());
+        state.phase = Phase::Live;
+        state.queue = state.calls.keys().map(|id| Out::Request(*id)).collect();
+        self.table.reset();
+        self.table.ask_again();
+        self.set_status(Status::Live(Hello { boot_id }));
+    }
+}
+
+/// A call under way; when it is dropped, the guest may forget the call.
+struct Waiting<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        if state.calls.remove(&self.id).is_some() && matches!(state.phase, Phase::Live) {
+            state.queue.push_back(Out::Answered(self.id));
+            self.shared.table.wake.notify_one();
+        }
+    }
+}
+
+impl Side for &Shared {
+    fn fill(&self, out: &mut Vec<u8>) -> Option<Duration> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        match &mut state.phase {
+            Phase::Down => return None,
+            Phase::Greeting { next, gap, .. } => {
+                let now = Instant::now();
+                if *next <= now {
+                    *next = now + *gap;
+                    *gap = (*gap * 2).min(HELLO_AGAIN_MAX);
+                    state.attempt += 1;
+                    let hello = Frame::Hello {
+                        version: VERSION,
+                        session: self.session,
+                        attempt: state.attempt,
+                        outstanding: state.calls.keys().copied().collect(),
+                    };
+                    // Ends what may stand half written before it.
+                    out.push(0);
+                    frame::encode(&hello, out);
+                }
+                return Some(*next - now);
+            }
+            Phase::Live => {}
+        }
+        while out.len() < BATCH {
+            match state.queue.pop_front() {
+                None => break,
+                Some(Out::Answered(id)) => frame::encode(&Frame::Answered { id }, out),
+                Some(Out::Request(id)) => {
+                    if let Some(Call {
+                        service,
+                        method,
+                        payload,
+                        ..
+                    }) = state.calls.get(&id)
+                    {
+                        let (service, method) = (service.clone(), method.clone());
+                        let payload = payload.clone();
+                        frame::encode(
+                            &Frame::Request {
+                                id,
+                                service,
+                                method,
+                                payload,
+                            },
+                            out,
+                        );
+                    }
+                }
+            }
+        }
+        drop(guard);
+        self.table.fill(out);
+        None
+    }
+
+    fn take(&self, frame: Result<Frame, FrameError>) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        match (&state.phase, frame) {
+            (
+                Phase::Greeting { after, .. },
+                Ok(Frame::HelloAck {
+                    version,
+                    session,
+                    attempt,
+                    boot_id,
+                }),
+            ) if session == self.session && attempt > *after && attempt <= state.attempt => {
+                if version == VERSION {
+                    self.greeted(state, boot_id);
+                } else {
+                    drop(guard);
+                    self.close(Status::WrongVersion { guest: version });
+                    return;
+                }
+                self.table.wake.notify_one();
+            }
+            // What was under way before the greeting means nothing now.
+            (Phase::Down | Phase::Greeting { .. }, _) => {}
+            (Phase::Live, Ok(frame)) => self.take_live(state, frame),
+            (Phase::Live, Err(error)) => {
+                log::debug!("dropped a frame of the guest: {error}");
+                self.greet(state);
+            }
+        }
+    }
+
+    fn wake(&self) -> &Notify {
+        &self.table.wake
+    }
+}
+
+impl Shared {
+    fn take_live(&self, state: &mut State, frame: Frame) {
+        match frame {
+            Frame::Response {
+                id,
+                code,
+                message,
+                payload,
+            } => {
+                if let Some(call) = state.calls.remove(&id) {
+                    let answer = match ttrpc::Code::from_i32(code) {
+                        Some(ttrpc::Code::OK) => Ok(payload),
+                        code => {
+                            let code = code.unwrap_or(ttrpc::Code::UNKNOWN);
+                            Err(CallError::Status { code, message })
+                        }
+                    };
+                    // Whoever gave up waiting needs no answer.
+                    let _ = call.answer.send(answer);
+                }
+                state.queue.push_back(Out::Answered(id));
+                self.table.wake.notify_one();
+            }
+            Frame::Data {
+                key,
+                offset,
+                data,
+                eof,
+            } => {
+                if !self.table.arrive(&key, offset, data, eof) {
+                    log::debug!("{key}: bytes before {offset} are missing");
+                    self.greet(state);
+                }
+            }
+            Frame::Ack {
+                key,
+                offset,
+                window,
+                resume,
+            } => {
+                self.table.acknowledged(key, offset, window, resume);
+            }
+            Frame::Gone { key, first, end } => self.table.gone(&key, first, end),
+            Frame::Resync => self.greet(state),
+            // A late answer to a HELLO that was said twice.
+            Frame::HelloAck { .. } => {}
+            frame @ (Frame::Hello { .. } | Frame::Request { .. } | Frame::Answered { .. }) => {
+                log::warn!("the guest sent {frame:?}, which only a host sends");
+            }
+        }
+    }
+}
