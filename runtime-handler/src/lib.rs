@@ -5,6 +5,7 @@
 //! neither knowing the other: `container/` (an OCI runtime) and `machine/` (a
 //! libvirt domain with our agent in it). Nothing here knows a containerd type.
 
+pub mod cgroup;
 pub mod check;
 pub mod config;
 pub mod error;
