@@ -12,7 +12,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -21,9 +21,6 @@ use std::task::{Context, Poll, Waker};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
-};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::sync::watch;
@@ -45,7 +42,15 @@ pub struct Port {
 struct Shared {
     file: File,
     state: Mutex<State>,
-    host: watch::Sender<bool>,
+    host: watch::Sender<Host>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Host {
+    Here,
+    Away,
+    /// The watcher failed.
+    Unwatched(Errno),
 }
 
 #[derive(Debug, Default)]
@@ -77,49 +82,27 @@ impl Shared {
         } else {
             None
         };
-        drop(state);
-        let connected = !flags.contains(EpollFlags::EPOLLHUP);
+        let host = if flags.contains(EpollFlags::EPOLLHUP) {
+            Host::Away
+        } else {
+            Host::Here
+        };
         self.host
-            .send_if_modified(|was| std::mem::replace(was, connected) != connected);
+            .send_if_modified(|was| std::mem::replace(was, host) != host);
+        drop(state);
         reader.into_iter().chain(writer).for_each(Waker::wake);
     }
 }
 
 impl Port {
-    /// Opens the port called `name`; waits for it as long as the kernel does not list
-    /// it, by its uevents.
+    /// Opens the port called `name`.
     ///
     /// # Errors
-    /// The port is already open, or cannot be opened.
-    pub async fn open_when_listed(name: &str) -> io::Result<Self> {
-        // Listened before looking, so that no event falls between.
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let uevents = socket(
-            AddressFamily::Netlink,
-            SockType::Datagram,
-            flags,
-            SockProtocol::NetlinkKObjectUEvent,
-        )?;
-        const KERNEL_GROUP: u32 = 1;
-        bind(uevents.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_GROUP))?;
-        let uevents = register(uevents, Interest::READABLE)?;
-        loop {
-            if let Some(device) = find(Path::new(PORTS), name)? {
-                match Self::open(&device) {
-                    // devtmpfs is behind sysfs; its event is still to come.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                    opened => return opened,
-                }
-            }
-            next_event(&uevents).await?;
-        }
-    }
-
-    /// Opens the port with this device file.
-    ///
-    /// # Errors
-    /// It is not there, or already open.
-    pub fn open(device: &Path) -> io::Result<Self> {
+    /// `NotFound`: the kernel does not list it yet. Else it is already open, or cannot
+    /// be opened.
+    pub fn open(name: &str) -> io::Result<Self> {
+        let device = find(Path::new(PORTS), name)?
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no such virtio-serial port"))?;
         let mut options = OpenOptions::new();
         options
             .read(true)
@@ -136,7 +119,7 @@ impl Port {
             file,
             state: Mutex::default(),
             // No event at once means that it does not hang up.
-            host: watch::Sender::new(true),
+            host: watch::Sender::new(Host::Here),
         });
         if let Some(flags) = take_edge(&epoll)? {
             shared.edge(flags);
@@ -146,6 +129,8 @@ impl Port {
         let watcher = tokio::spawn(async move {
             if let Err(error) = watch(&epoll, &watched).await {
                 log::error!("watch virtio-serial port: {error}");
+                let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
+                watched.host.send_replace(Host::Unwatched(errno));
             }
         });
         Ok(Self {
@@ -155,14 +140,19 @@ impl Port {
     }
 
     /// Waits until a host is connected. Cancel safe.
-    pub async fn host_connected(&self) {
-        // The sender lives in `self`, so waiting cannot fail.
-        let _ = self
-            .shared
-            .host
-            .subscribe()
-            .wait_for(|connected| *connected)
-            .await;
+    ///
+    /// # Errors
+    /// The port can no longer be watched.
+    pub async fn host_connected(&self) -> io::Result<()> {
+        let mut host = self.shared.host.subscribe();
+        match *host
+            .wait_for(|host| *host != Host::Away)
+            .await
+            .map_err(io::Error::other)?
+        {
+            Host::Unwatched(errno) => Err(errno.into()),
+            Host::Here | Host::Away => Ok(()),
+        }
     }
 
     /// Both directions. The reader ends when the host leaves; after
@@ -195,10 +185,13 @@ async fn watch(epoll: &AsyncFd<OwnedFd>, shared: &Shared) -> io::Result<()> {
 
 fn take_edge(epoll: &Epoll) -> io::Result<Option<EpollFlags>> {
     let mut events = [EpollEvent::empty()];
-    match epoll.wait(&mut events, EpollTimeout::ZERO) {
-        Ok(0) | Err(Errno::EINTR) => Ok(None),
-        Ok(_) => Ok(Some(events[0].events())),
-        Err(errno) => Err(errno.into()),
+    loop {
+        match epoll.wait(&mut events, EpollTimeout::ZERO) {
+            Ok(0) => return Ok(None),
+            Ok(_) => return Ok(Some(events[0].events())),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
     }
 }
 
@@ -219,20 +212,6 @@ fn find(ports: &Path, name: &str) -> io::Result<Option<PathBuf>> {
     Ok(None)
 }
 
-async fn next_event(uevents: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    loop {
-        let mut ready = uevents.readable().await?;
-        // What happened does not matter, only that something did.
-        match recv(uevents.as_raw_fd(), &mut [0; 64], MsgFlags::MSG_TRUNC) {
-            // ENOBUFS: events were lost, so something did happen.
-            Ok(_) | Err(Errno::ENOBUFS) => return Ok(()),
-            Err(Errno::EAGAIN) => ready.clear_ready(),
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-}
-
 /// Reads what the host writes.
 #[derive(Debug)]
 pub struct PortReader(Arc<Shared>);
@@ -247,7 +226,12 @@ impl AsyncRead for PortReader {
         let mut state = self.0.lock();
         while state.readable {
             match nix::unistd::read(self.0.file.as_fd(), buf.initialize_unfilled()) {
-                // 0: no host. That stays so until the next edge.
+                // No host. The edge of its leaving may not have been seen yet.
+                Ok(0) => {
+                    state.readable = false;
+                    self.0.host.send_replace(Host::Away);
+                    return Poll::Ready(Ok(()));
+                }
                 Ok(count) => {
                     buf.advance(count);
                     return Poll::Ready(Ok(()));
