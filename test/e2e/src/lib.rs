@@ -1,0 +1,10 @@
+//! What the end-to-end tests and the benchmark share: a private environment
+//! (`hack/up`), a typed crictl, bounded waiting, and snapshots of the host.
+#![forbid(unsafe_code)]
+
+pub mod command;
+pub mod crictl;
+pub mod env;
+pub mod host;
+pub mod logs;
+pub mod wait;

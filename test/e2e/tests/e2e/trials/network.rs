@@ -1,0 +1,96 @@
+//! A pod has the network that CNI gave it, whatever runs it.
+
+use anyhow::{Context as _, Result};
+use serde_json::json;
+
+use super::{Case, case};
+use crate::context::{Context, Handler, Pod, names, same};
+
+pub const CASES: &[Case] = &[
+    case!(two_containers_of_a_pod_talk_over_localhost),
+    case!(pods_reach_each_other_by_ping_and_tcp_both_ways).short(),
+    case!(address_mac_mtu_and_routes_are_as_cni_gave_them).short(),
+    case!(hostname_and_dns_are_as_the_pod_says),
+];
+
+/// A web server on port 8080 that says `dyad`.
+const SERVE: &str = "exec httpd -f -p 8080 -h /var/www";
+
+/// Asks until it answers: the server may be a moment away.
+fn fetch(address: &str) -> String {
+    format!("until wget -q -T 5 -O - http://{address}:8080/; do usleep 100000; done")
+}
+
+fn two_containers_of_a_pod_talk_over_localhost(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod()?;
+    let _server = pod.run(SERVE)?;
+    same(
+        "answer",
+        pod.output_of(&fetch("127.0.0.1"))?.as_str(),
+        "dyad\n",
+    )
+}
+
+fn pods_reach_each_other_by_ping_and_tcp_both_ways(context: &Context<'_>) -> Result<()> {
+    // The other one is a container pod, also where this one is a machine.
+    let other = match context.handler {
+        Handler::Runc => Handler::Runc,
+        Handler::Dyad | Handler::DyadVm => Handler::Dyad,
+    };
+    let (this, other) = (
+        context.pod()?,
+        context.run_pod(other, context.pod_config())?,
+    );
+    let (_a, _b) = (this.run(SERVE)?, other.run(SERVE)?);
+    let talk = |from: &Pod<'_>, to: &Pod<'_>| -> Result<()> {
+        let ip = to.status()?.ip;
+        let out = from.output_of(&format!("ping -c 3 -i 0.2 -w 20 {ip} && {}", fetch(&ip)))?;
+        names(&out, &["3 packets received", "dyad\n"])
+    };
+    talk(&this, &other).context("from this pod to the other")?;
+    talk(&other, &this).context("from the other pod to this")
+}
+
+fn address_mac_mtu_and_routes_are_as_cni_gave_them(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod()?;
+    let status = pod.status()?;
+    let cni = &status.all["info"]["cniResult"]["Interfaces"]["eth0"];
+    let (mac, gateway) = (
+        cni["Mac"].as_str().context("CNI told no MAC")?,
+        cni["IPConfigs"][0]["Gateway"]
+            .as_str()
+            .context("CNI told no gateway")?,
+    );
+    let out = pod.output_of(
+        "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; ip -4 -o addr show dev eth0; ip route; cat /sys/class/net/lo/operstate",
+    )?;
+    names(
+        &out,
+        &[
+            &format!("{mac}\n1450\n"),
+            &format!("inet {}/24", status.ip),
+            &format!("default via {gateway} dev eth0"),
+        ],
+    )?;
+    names(
+        &pod.output_of(&format!(
+            "ping -c 1 -w 20 {gateway}; ping -c 1 -w 20 127.0.0.1"
+        ))?,
+        &["1 packets received"],
+    )
+}
+
+fn hostname_and_dns_are_as_the_pod_says(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod_with(|config| {
+        config["hostname"] = json!("named");
+        config["dns_config"] = json!({
+            "servers": ["192.0.2.53", "192.0.2.54"], "searches": ["a.example", "b.example"], "options": ["ndots:3"],
+        });
+    })?;
+    let out = pod.output_of("hostname; cat /etc/hostname; cat /etc/resolv.conf")?;
+    same(
+        "hostname and resolv.conf",
+        out.as_str(),
+        "named\nnamed\nsearch a.example b.example\nnameserver 192.0.2.53\nnameserver 192.0.2.54\noptions ndots:3\n",
+    )
+}

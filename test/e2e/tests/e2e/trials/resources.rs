@@ -1,0 +1,155 @@
+//! Limits are real, and what is used is told.
+
+use anyhow::{Context as _, Result, bail};
+use dyad_e2e::wait::until;
+use serde_json::{Value, json};
+
+use super::{Case, case};
+use crate::context::{Container, Context, SOON, same};
+
+pub const CASES: &[Case] = &[
+    case!(limits_are_seen_in_the_containers_cgroup).short(),
+    case!(limits_are_updated_while_it_runs),
+    case!(a_process_over_its_memory_limit_is_oom_killed).short(),
+    case!(stats_tell_cpu_and_memory_of_container_and_pod).short(),
+    case!(pids_of_a_task_are_listed),
+];
+
+const MIB: u64 = 1 << 20;
+
+/// Memory limit in bytes, CPU quota and period, most processes: from the inside, by
+/// cgroup v2 or v1, whichever is mounted there.
+const LIMITS: &str = "cd /sys/fs/cgroup; if [ -e memory.max ]; then cat memory.max cpu.max pids.max; else \
+                      cat memory/memory.limit_in_bytes; echo $(cat cpu/cpu.cfs_quota_us cpu/cpu.cfs_period_us); \
+                      cat pids/pids.max 2>/dev/null; fi";
+
+fn limited(config: &mut Value) {
+    config["linux"]["resources"] = json!({
+        "memory_limit_in_bytes": 64 * MIB, "cpu_quota": 50_000, "cpu_period": 100_000, "cpu_shares": 512,
+    });
+}
+
+fn limits(container: &Container<'_>) -> Result<(u64, String)> {
+    let out = container.output(LIMITS)?;
+    let mut lines = out.lines();
+    let memory = lines.next().context("no memory limit")?;
+    Ok((
+        memory
+            .parse()
+            .with_context(|| format!("memory limit {memory:?}"))?,
+        lines.next().unwrap_or_default().to_owned(),
+    ))
+}
+
+fn limits_are_seen_in_the_containers_cgroup(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod()?;
+    let container = pod.run_with("trap 'exit 0' TERM; sleep 1000 & wait", limited)?;
+    same(
+        "memory and cpu",
+        limits(&container)?,
+        (64 * MIB, "50000 100000".to_owned()),
+    )
+}
+
+fn limits_are_updated_while_it_runs(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod()?;
+    let container = pod.run_with("trap 'exit 0' TERM; sleep 1000 & wait", limited)?;
+    let memory = (96 * MIB).to_string();
+    context.crictl.update(
+        &container.id,
+        &[
+            "--memory",
+            &memory,
+            "--cpu-quota",
+            "20000",
+            "--cpu-period",
+            "100000",
+        ],
+    )?;
+    same(
+        "memory and cpu",
+        limits(&container)?,
+        (96 * MIB, "20000 100000".to_owned()),
+    )
+}
+
+fn a_process_over_its_memory_limit_is_oom_killed(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod()?;
+    // tail keeps what has no line end.
+    let container = pod.run_with("exec tail /dev/zero", |config| {
+        config["linux"]["resources"] =
+            json!({"memory_limit_in_bytes": 24 * MIB, "memory_swap_limit_in_bytes": 24 * MIB});
+    })?;
+    let status = container.exited()?;
+    same("exit code", status.exit_code, 137)?;
+    // The OOM event and the exit come by different ways.
+    until(SOON, "the reason OOMKilled", || {
+        Ok((container.status()?.reason == "OOMKilled").then_some(()))
+    })
+    .with_context(|| {
+        format!(
+            "reason {:?}",
+            container.status().map(|status| status.reason)
+        )
+    })
+}
+
+fn number(value: &Value) -> u64 {
+    value["value"]
+        .as_str()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(0)
+}
+
+fn stats_tell_cpu_and_memory_of_container_and_pod(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod()?;
+    // 20 MiB held and some CPU burnt.
+    let container = pod.run(
+        "dd if=/dev/zero of=/dev/shm/held bs=1M count=20 2>/dev/null; i=0; while [ $i -lt 100000 ]; do i=$((i + 1)); done; \
+         echo burnt; trap 'exit 0' TERM; sleep 1000 & wait",
+    )?;
+    container.says("burnt")?;
+    let stats = until(SOON, "plausible stats", || {
+        let stats = context.crictl.stats(&container.id)?;
+        let (cpu, memory) = (
+            number(&stats["cpu"]["usageCoreNanoSeconds"]),
+            number(&stats["memory"]["workingSetBytes"]),
+        );
+        Ok((cpu > 10_000_000 && memory > 0).then_some((cpu, memory)))
+    })?;
+    let (cpu, memory) = stats;
+    if cpu > 120_000_000_000 || memory > 512 * MIB {
+        bail!("{cpu} ns of CPU and {memory} bytes are not this container's");
+    }
+    // Pods' statistics came with containerd 1.7.
+    if context.env.version >= dyad_e2e::env::Version::V1_7 {
+        let stats = context.crictl.pod_stats(&pod.id)?;
+        let whole = number(&stats["linux"]["memory"]["workingSetBytes"]);
+        let least = if context.handler.is_machine() {
+            64 * MIB
+        } else {
+            100 << 10
+        };
+        if whole < least {
+            bail!("the pod's working set is {whole} bytes: {stats}");
+        }
+    }
+    Ok(())
+}
+
+fn pids_of_a_task_are_listed(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod()?;
+    let container = pod.idle()?;
+    let table = context.env.ctr(&["tasks", "ps", &container.id])?.text();
+    let pid = context.crictl.inspect(&container.id)?["info"]["pid"].to_string();
+    if !table
+        .lines()
+        .any(|line| line.split_whitespace().next() == Some(pid.as_str()))
+    {
+        bail!("{pid} is not in {table}");
+    }
+    if !std::path::Path::new("/proc").join(&pid).exists() {
+        bail!("{pid} is not a process of the host");
+    }
+    Ok(())
+}

@@ -1,0 +1,150 @@
+//! Every byte, once, in order.
+
+use std::fs;
+
+use anyhow::{Result, bail};
+use serde_json::json;
+
+use super::{Case, case};
+use crate::context::{Context, names, same};
+
+pub const CASES: &[Case] = &[
+    case!(logs_hold_five_megabytes_and_a_last_line_without_newline).short(),
+    case!(logs_keep_stdout_and_stderr_apart),
+    case!(what_a_process_wrote_just_before_its_end_is_logged),
+    case!(attach_carries_stdin_byte_for_byte).short(),
+    case!(attach_shows_output_and_detaches_without_ending_the_process),
+    case!(a_container_with_a_terminal_has_one),
+];
+
+/// Bytes of every value in no order; the same every time.
+pub fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    std::iter::repeat_with(|| {
+        // xorshift64
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[3]
+    })
+    .take(length)
+    .collect()
+}
+
+fn logs_hold_five_megabytes_and_a_last_line_without_newline(context: &Context<'_>) -> Result<()> {
+    const LINES: u32 = 720_000;
+    let pod = context.pod()?;
+    let container = pod.run(&format!("seq 1 {LINES}; printf 'the end'"))?;
+    same("exit code", container.exited()?.exit_code, 0)?;
+    let mut expected: String = (1..=LINES).map(|number| format!("{number}\n")).collect();
+    expected.push_str("the end");
+    let out = container.logs()?.out();
+    if out.trim_end_matches('\n') != expected {
+        let at = out
+            .bytes()
+            .zip(expected.bytes())
+            .take_while(|(is, should)| is == should)
+            .count();
+        bail!(
+            "{} of {} bytes, the first {at} are right",
+            out.len(),
+            expected.len()
+        );
+    }
+    Ok(())
+}
+
+fn logs_keep_stdout_and_stderr_apart(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod()?;
+    let container =
+        pod.run("i=0; while [ $i -lt 3000 ]; do echo out $i; echo err $i >&2; i=$((i + 1)); done")?;
+    container.exited()?;
+    let logs = container.logs()?;
+    let expected = |word: &str| {
+        (0..3000)
+            .map(|i| format!("{word} {i}\n"))
+            .collect::<String>()
+    };
+    same("stdout is complete", logs.out() == expected("out"), true)?;
+    same("stderr is complete", logs.err() == expected("err"), true)
+}
+
+fn what_a_process_wrote_just_before_its_end_is_logged(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod()?;
+    for number in 0..10 {
+        let out = pod.output_of(&format!("echo {number}"))?;
+        same("output", out, format!("{number}\n"))?;
+    }
+    Ok(())
+}
+
+fn attach_carries_stdin_byte_for_byte(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod()?;
+    let bytes = noise(1 << 20);
+    let volume = context.folder(&format!("{}/in", pod.name()))?;
+    fs::write(volume.join("bytes"), &bytes)?;
+    let expected = dyad_e2e::command::run(
+        std::process::Command::new("sha256sum")
+            .current_dir(&volume)
+            .arg("bytes"),
+        b"",
+        std::time::Duration::from_secs(30),
+    )?;
+    let container = pod.run_with("sha256sum", |config| {
+        config["stdin"] = json!(true);
+        config["stdin_once"] = json!(true);
+    })?;
+    context
+        .crictl
+        .run(&["attach", "--stdin", &container.id], &bytes)?
+        .success("crictl attach")?;
+    same("exit code", container.exited()?.exit_code, 0)?;
+    let sum = expected.text();
+    names(
+        &container.logs()?.out(),
+        &[sum.split(' ').next().unwrap_or_default()],
+    )
+}
+
+fn attach_shows_output_and_detaches_without_ending_the_process(
+    context: &Context<'_>,
+) -> Result<()> {
+    let pod = context.pod()?;
+    let script =
+        "while read line; do echo got $line; [ $line != two ] || exit 4; done; exec sleep 1000";
+    let container = pod.run_with(script, |config| config["stdin"] = json!(true))?;
+    for (typed, last) in [("one", false), ("two", true)] {
+        // stdin_once is not set: the end of one attach is not the end of stdin.
+        let attach = context.crictl.run(
+            &["attach", "--stdin", &container.id],
+            format!("{typed}\n").as_bytes(),
+        )?;
+        container.says(&format!("got {typed}\n"))?;
+        if !last {
+            same(
+                "state after detach",
+                container.status()?.state.as_str(),
+                "CONTAINER_RUNNING",
+            )?;
+        }
+        drop(attach);
+    }
+    same("exit code", container.exited()?.exit_code, 4)
+}
+
+fn a_container_with_a_terminal_has_one(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod()?;
+    let container = pod.run_with("tty; read line; echo got $line; exit 6", |config| {
+        config["stdin"] = json!(true);
+        config["tty"] = json!(true);
+    })?;
+    container.says("/dev/")?;
+    let shown = context
+        .crictl
+        .on_a_terminal(&["attach", "-it", &container.id], b"typed\n")?;
+    same("exit code", container.exited()?.exit_code, 6)?;
+    container
+        .says("got typed")
+        .map(drop)
+        .map_err(|error| error.context(shown.text()))
+}
