@@ -1,0 +1,515 @@
+//! From what a pod's machine should be to libvirt's domain XML. Pure.
+//!
+//! ```text
+//! q35, PVH kernel boot; everything virtio, on fixed slots of pcie.0 (no root ports: each
+//! costs boot time):
+//!   02 virtio-serial  -> agent channel        05 rng
+//!   03 virtio-scsi    -> images, hot-plugged  06 balloon
+//!   04 virtio-blk     -> the pod's disk       08.. interfaces, 1e vsock
+//! ```
+//!
+//! Every file and socket the machine uses is named here, so that libvirt labels it
+//! (DAC, AppArmor through virt-aa-helper, sVirt).
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use quick_xml::Writer;
+use quick_xml::events::BytesText;
+use uuid::Uuid;
+
+/// The XML namespace of our metadata element.
+pub const METADATA_NAMESPACE: &str = "https://dyad.dev/machine/1";
+
+/// Name of the virtio-serial port the agent listens on.
+pub const AGENT_PORT: &str = "dev.dyad.agent.0";
+
+/// The vsock port the agent listens on.
+pub const AGENT_VSOCK_PORT: u32 = 1024;
+
+/// What executes guest code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// Hardware.
+    Kvm,
+    /// QEMU's software emulation.
+    Tcg,
+}
+
+/// How big the machine is, and may become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// vCPUs at power-on.
+    pub vcpus: u32,
+    /// vCPUs it can grow to.
+    pub max_vcpus: u32,
+    /// Memory at power-on.
+    pub memory_mib: u64,
+    /// Memory it can grow to.
+    pub max_memory_mib: u64,
+}
+
+/// The way to the agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AgentChannel {
+    /// A virtio-serial port on a unix socket that QEMU's side binds.
+    VirtioSerial {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// vhost-vsock with this context id.
+    Vsock {
+        /// Unique on the host, at least 3.
+        cid: u32,
+    },
+}
+
+/// The pod's writable disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodDisk {
+    /// Raw image.
+    pub file: PathBuf,
+    /// The guest finds it by this; at most 20 characters (virtio-blk).
+    pub serial: String,
+}
+
+/// One network interface of the pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nic {
+    /// Host-unique name of the tap.
+    pub tap: String,
+    /// The pod's own address.
+    pub mac: String,
+    /// The pod's own MTU.
+    pub mtu: u32,
+}
+
+/// All that decides a machine's definition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainPlan {
+    /// Derived from the pod; the domain is named after it.
+    pub uuid: Uuid,
+    /// For people: namespace/pod.
+    pub title: String,
+    /// Goes into the metadata.
+    pub sandbox_id: String,
+    /// Goes into the metadata.
+    pub containerd_namespace: String,
+    /// KVM or TCG.
+    pub accelerator: Accelerator,
+    /// vCPUs and memory.
+    pub size: Size,
+    /// PVH ELF.
+    pub kernel: PathBuf,
+    /// Has the agent as `/init`.
+    pub initramfs: PathBuf,
+    /// The configuration's addition to the command line.
+    pub kernel_params: String,
+    /// The way to the agent.
+    pub channel: AgentChannel,
+    /// The pod's writable disk.
+    pub pod_disk: PodDisk,
+    /// In the order of the pod's interfaces.
+    pub nics: Vec<Nic>,
+    /// Receives the serial console.
+    pub console_log: PathBuf,
+}
+
+/// A read-only image that is plugged into a running machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageDisk {
+    /// EROFS image.
+    pub file: PathBuf,
+    /// The guest finds it by this; at most 36 characters (SCSI).
+    pub serial: String,
+    /// SCSI unit, unique in the machine.
+    pub unit: u32,
+}
+
+/// The name of the machine's domain: a migration target must carry the source's,
+/// so it comes from the machine and not from the pod.
+pub fn domain_name(uuid: Uuid) -> String {
+    format!("dyad-{uuid}")
+}
+
+impl DomainPlan {
+    /// The guest kernel's command line. `quiet` and `loglevel=1` keep the emulated serial
+    /// port, slow as it is, out of the boot's way; a panic still prints.
+    /// `cryptomgr.notests` saves a third of a second under TCG.
+    pub fn cmdline(&self) -> String {
+        let mut line = "console=ttyS0 quiet loglevel=1 cryptomgr.notests random.trust_cpu=on \
+            tsc=reliable no_timer_check i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd \
+            panic=-1 memhp_default_state=online"
+            .to_owned();
+        let extra = self.kernel_params.trim();
+        if !extra.is_empty() {
+            line.push(' ');
+            line.push_str(extra);
+        }
+        line
+    }
+
+    /// The definition, as `virDomainDefineXML` takes it.
+    pub fn to_xml(&self) -> String {
+        render(|w| self.write(w))
+    }
+
+    fn write(&self, w: &mut Xml) -> io::Result<()> {
+        let kind = match self.accelerator {
+            Accelerator::Kvm => "kvm",
+            Accelerator::Tcg => "qemu",
+        };
+        element(w, "domain", &[("type", kind)], |w| {
+            text(w, "name", &[], &domain_name(self.uuid))?;
+            text(w, "uuid", &[], &self.uuid.to_string())?;
+            if !self.title.is_empty() {
+                text(w, "title", &[], &self.title)?;
+            }
+            element(w, "metadata", &[], |w| {
+                let namespace = [("xmlns:dyad", METADATA_NAMESPACE)];
+                element(w, "dyad:machine", &namespace, |w| {
+                    text(w, "dyad:sandbox", &[], &self.sandbox_id)?;
+                    text(w, "dyad:namespace", &[], &self.containerd_namespace)
+                })
+            })?;
+            self.write_size(w)?;
+            element(w, "os", &[], |w| {
+                let machine = [("arch", "x86_64"), ("machine", "q35")];
+                text(w, "type", &machine, "hvm")?;
+                text(w, "kernel", &[], &self.kernel.to_string_lossy())?;
+                text(w, "initrd", &[], &self.initramfs.to_string_lossy())?;
+                text(w, "cmdline", &[], &self.cmdline())
+            })?;
+            element(w, "features", &[], |w| {
+                empty(w, "acpi", &[])?;
+                empty(w, "apic", &[])
+            })?;
+            self.write_cpu(w)?;
+            element(w, "clock", &[("offset", "utc")], |w| {
+                empty(w, "timer", &[("name", "hpet"), ("present", "no")])
+            })?;
+            text(w, "on_poweroff", &[], "destroy")?;
+            text(w, "on_reboot", &[], "restart")?;
+            text(w, "on_crash", &[], "destroy")?;
+            element(w, "devices", &[], |w| self.write_devices(w))
+        })
+    }
+
+    /// A NUMA cell and `maxMemory` are what virtio-mem and vCPU hot-plug need later.
+    fn write_size(&self, w: &mut Xml) -> io::Result<()> {
+        let size = &self.size;
+        let slots = [("slots", "16"), ("unit", "MiB")];
+        text(w, "maxMemory", &slots, &size.max_memory_mib.to_string())?;
+        text(
+            w,
+            "memory",
+            &[("unit", "MiB")],
+            &size.memory_mib.to_string(),
+        )?;
+        let current = size.vcpus.to_string();
+        let vcpu = [("placement", "static"), ("current", current.as_str())];
+        text(w, "vcpu", &vcpu, &size.max_vcpus.to_string())
+    }
+
+    fn write_cpu(&self, w: &mut Xml) -> io::Result<()> {
+        // host-model can be migrated; under TCG the bare default lacks what x86-64-v2 images need.
+        let mode = match self.accelerator {
+            Accelerator::Kvm => "host-model",
+            Accelerator::Tcg => "maximum",
+        };
+        element(w, "cpu", &[("mode", mode)], |w| {
+            element(w, "numa", &[], |w| {
+                let cpus = match self.size.max_vcpus {
+                    1 => "0".to_owned(),
+                    n => format!("0-{}", n - 1),
+                };
+                let memory = self.size.memory_mib.to_string();
+                let cell = [
+                    ("id", "0"),
+                    ("cpus", cpus.as_str()),
+                    ("memory", memory.as_str()),
+                    ("unit", "MiB"),
+                ];
+                empty(w, "cell", &cell)
+            })
+        })
+    }
+
+    fn write_devices(&self, w: &mut Xml) -> io::Result<()> {
+        empty(w, "controller", &[("type", "usb"), ("model", "none")])?;
+        element(
+            w,
+            "controller",
+            &[("type", "virtio-serial"), ("index", "0")],
+            |w| slot(w, 0x02),
+        )?;
+        element(
+            w,
+            "controller",
+            &[("type", "scsi"), ("index", "0"), ("model", "virtio-scsi")],
+            |w| slot(w, 0x03),
+        )?;
+        element(w, "disk", &[("type", "file"), ("device", "disk")], |w| {
+            // The disk lives no longer than the pod, so a host crash has nothing to recover:
+            // the guest's flushes need not wait for the host's disk.
+            let driver = [
+                ("name", "qemu"),
+                ("type", "raw"),
+                ("cache", "unsafe"),
+                ("discard", "unmap"),
+            ];
+            empty(w, "driver", &driver)?;
+            source_file(w, &self.pod_disk.file)?;
+            empty(w, "target", &[("dev", "vda"), ("bus", "virtio")])?;
+            text(w, "serial", &[], &self.pod_disk.serial)?;
+            slot(w, 0x04)
+        })?;
+        self.write_channel(w)?;
+        for (index, nic) in self.nics.iter().enumerate() {
+            element(w, "interface", &[("type", "ethernet")], |w| {
+                empty(w, "mac", &[("address", nic.mac.as_str())])?;
+                empty(w, "target", &[("dev", nic.tap.as_str())])?;
+                empty(w, "model", &[("type", "virtio")])?;
+                empty(w, "mtu", &[("size", nic.mtu.to_string().as_str())])?;
+                slot(w, 0x08 + index as u32)
+            })?;
+        }
+        element(w, "serial", &[("type", "file")], |w| {
+            let path = self.console_log.to_string_lossy();
+            // Without append, libvirt truncates it when it restores a machine.
+            empty(w, "source", &[("path", path.as_ref()), ("append", "on")])?;
+            empty(w, "target", &[("type", "isa-serial"), ("port", "0")])
+        })?;
+        element(w, "rng", &[("model", "virtio")], |w| {
+            text(w, "backend", &[("model", "random")], "/dev/urandom")?;
+            slot(w, 0x05)
+        })?;
+        let balloon = [("model", "virtio"), ("freePageReporting", "on")];
+        element(w, "memballoon", &balloon, |w| slot(w, 0x06))?;
+        empty(w, "panic", &[("model", "isa")])
+    }
+
+    fn write_channel(&self, w: &mut Xml) -> io::Result<()> {
+        match &self.channel {
+            AgentChannel::VirtioSerial { socket } => {
+                element(w, "channel", &[("type", "unix")], |w| {
+                    let path = socket.to_string_lossy();
+                    empty(w, "source", &[("mode", "bind"), ("path", path.as_ref())])?;
+                    empty(w, "target", &[("type", "virtio"), ("name", AGENT_PORT)])?;
+                    let address = [
+                        ("type", "virtio-serial"),
+                        ("controller", "0"),
+                        ("bus", "0"),
+                        ("port", "1"),
+                    ];
+                    empty(w, "address", &address)
+                })
+            }
+            AgentChannel::Vsock { cid } => element(w, "vsock", &[("model", "virtio")], |w| {
+                let cid = cid.to_string();
+                empty(w, "cid", &[("auto", "no"), ("address", cid.as_str())])?;
+                slot(w, 0x1e)
+            }),
+        }
+    }
+}
+
+impl ImageDisk {
+    /// The device, as `virDomainAttachDevice` takes it.
+    ///
+    /// The unit is explicit: libvirt's own choice ends at the eighth disk. The image is
+    /// shared between machines, so its owner and mode are ours, not libvirt's to change;
+    /// sVirt still labels it as shared, read-only content.
+    pub fn to_xml(&self) -> String {
+        render(|w| {
+            element(w, "disk", &[("type", "file"), ("device", "disk")], |w| {
+                empty(w, "driver", &[("name", "qemu"), ("type", "raw")])?;
+                let path = self.file.to_string_lossy();
+                element(w, "source", &[("file", path.as_ref())], |w| {
+                    empty(w, "seclabel", &[("model", "dac"), ("relabel", "no")])
+                })?;
+                let target = scsi_name(self.unit);
+                empty(w, "target", &[("dev", target.as_str()), ("bus", "scsi")])?;
+                empty(w, "readonly", &[])?;
+                empty(w, "shareable", &[])?;
+                text(w, "serial", &[], &self.serial)?;
+                let unit = self.unit.to_string();
+                let address = [
+                    ("type", "drive"),
+                    ("controller", "0"),
+                    ("bus", "0"),
+                    ("target", "0"),
+                    ("unit", unit.as_str()),
+                ];
+                empty(w, "address", &address)
+            })
+        })
+    }
+}
+
+/// `sda` … `sdz`, `sdaa` …: libvirt wants each disk to have one; the guest's names differ.
+fn scsi_name(unit: u32) -> String {
+    let mut letters = Vec::new();
+    let mut rest = unit;
+    loop {
+        letters.push(char::from(b'a' + (rest % 26) as u8));
+        if rest < 26 {
+            break;
+        }
+        rest = rest / 26 - 1;
+    }
+    format!("sd{}", letters.iter().rev().collect::<String>())
+}
+
+type Xml = Writer<Vec<u8>>;
+
+fn render(body: impl FnOnce(&mut Xml) -> io::Result<()>) -> String {
+    let mut writer = Writer::new_with_indent(Vec::new(), b' ', 2);
+    // A Vec takes every write, and all text is UTF-8 or was made so.
+    body(&mut writer).expect("writing to memory");
+    let mut xml = String::from_utf8(writer.into_inner()).expect("UTF-8 in, UTF-8 out");
+    xml.push('\n');
+    xml
+}
+
+fn element(
+    w: &mut Xml,
+    name: &str,
+    attributes: &[(&str, &str)],
+    inner: impl FnOnce(&mut Xml) -> io::Result<()>,
+) -> io::Result<()> {
+    w.create_element(name)
+        .with_attributes(attributes.iter().copied())
+        .write_inner_content(inner)?;
+    Ok(())
+}
+
+fn empty(w: &mut Xml, name: &str, attributes: &[(&str, &str)]) -> io::Result<()> {
+    w.create_element(name)
+        .with_attributes(attributes.iter().copied())
+        .write_empty()?;
+    Ok(())
+}
+
+fn text(w: &mut Xml, name: &str, attributes: &[(&str, &str)], content: &str) -> io::Result<()> {
+    w.create_element(name)
+        .with_attributes(attributes.iter().copied())
+        .write_text_content(BytesText::new(content))?;
+    Ok(())
+}
+
+fn source_file(w: &mut Xml, path: &Path) -> io::Result<()> {
+    empty(w, "source", &[("file", path.to_string_lossy().as_ref())])
+}
+
+fn slot(w: &mut Xml, slot: u32) -> io::Result<()> {
+    let slot = format!("0x{slot:02x}");
+    let address = [
+        ("type", "pci"),
+        ("domain", "0x0000"),
+        ("bus", "0x00"),
+        ("slot", slot.as_str()),
+        ("function", "0x0"),
+    ];
+    empty(w, "address", &address)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan() -> DomainPlan {
+        DomainPlan {
+            uuid: Uuid::from_u128(0x1111_2222_3333_4444_5555_6666_7777_8888),
+            title: "default/web".into(),
+            sandbox_id: "abc123".into(),
+            containerd_namespace: "k8s.io".into(),
+            accelerator: Accelerator::Tcg,
+            size: Size {
+                vcpus: 1,
+                max_vcpus: 4,
+                memory_mib: 256,
+                max_memory_mib: 8192,
+            },
+            kernel: "/var/lib/dyad/guest/vmlinux".into(),
+            initramfs: "/var/lib/dyad/guest/initramfs.zst".into(),
+            kernel_params: String::new(),
+            channel: AgentChannel::VirtioSerial {
+                socket: "/run/dyad/m/11112222/agent.sock".into(),
+            },
+            pod_disk: PodDisk {
+                file: "/var/lib/dyad/machines/11112222/disk.img".into(),
+                serial: "pod".into(),
+            },
+            nics: vec![Nic {
+                tap: "dy11112222333".into(),
+                mac: "0a:58:0a:58:00:05".into(),
+                mtu: 1450,
+            }],
+            console_log: "/var/lib/dyad/machines/11112222/console.log".into(),
+        }
+    }
+
+    /// Compares with `tests/golden/NAME`; `UPDATE_GOLDEN=1` writes it anew.
+    fn golden(name: &str, xml: &str) {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/golden")
+            .join(name);
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            std::fs::write(&path, xml).expect("write golden file");
+        }
+        let expected = std::fs::read_to_string(&path).expect("golden file");
+        assert_eq!(xml, expected, "{name} changed; UPDATE_GOLDEN=1 accepts it");
+    }
+
+    #[test]
+    fn the_ordinary_machine_is_as_in_its_golden_file() {
+        golden("ordinary.xml", &plan().to_xml());
+    }
+
+    #[test]
+    fn a_kvm_machine_with_vsock_and_two_nics_is_as_in_its_golden_file() {
+        let mut plan = plan();
+        plan.accelerator = Accelerator::Kvm;
+        plan.channel = AgentChannel::Vsock { cid: 4711 };
+        plan.size.max_vcpus = 1;
+        plan.nics.push(Nic {
+            tap: "dy1111222233x".into(),
+            mac: "0a:58:0a:58:01:05".into(),
+            mtu: 9000,
+        });
+        plan.kernel_params = "debug".into();
+        golden("kvm-vsock.xml", &plan.to_xml());
+    }
+
+    #[test]
+    fn an_image_disk_is_as_in_its_golden_file() {
+        let disk = ImageDisk {
+            file: "/var/lib/dyad/images/5a5a.erofs".into(),
+            serial: "5a5a".into(),
+            unit: 27,
+        };
+        golden("image-disk.xml", &disk.to_xml());
+    }
+
+    #[test]
+    fn names_from_outside_cannot_break_out_of_their_element() {
+        let mut plan = plan();
+        plan.title = "a</title><os>&\"'".into();
+        plan.nics[0].mac = "'/><evil x='".into();
+        let xml = plan.to_xml();
+        assert!(!xml.contains("<os>&"));
+        assert!(!xml.contains("<evil"));
+        assert_eq!(xml.matches("<os>").count(), 1);
+    }
+
+    #[test]
+    fn scsi_names_go_on_after_z() {
+        assert_eq!(scsi_name(0), "sda");
+        assert_eq!(scsi_name(25), "sdz");
+        assert_eq!(scsi_name(26), "sdaa");
+        assert_eq!(scsi_name(701), "sdzz");
+        assert_eq!(scsi_name(702), "sdaaa");
+    }
+}

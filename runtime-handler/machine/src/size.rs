@@ -1,0 +1,282 @@
+//! How big a pod's machine is. Pure.
+//!
+//! ```text
+//! annotation dyad.dev/vcpus, dyad.dev/memory  >  the pod's limits  >  its CPU request  >  config
+//! ```
+
+use std::collections::{BTreeMap, HashMap};
+
+use dyad_runtime_handler::Error;
+use dyad_runtime_handler::config::MachineConfig;
+use dyad_runtime_handler::error::Result;
+
+use crate::domain::Size;
+
+/// Below this, guest kernel and agent do not come up.
+pub const MEMORY_MIN_MIB: u64 = 96;
+/// A machine can grow to this many vCPUs, where the host has them.
+const VCPUS_GROWTH: u32 = 16;
+/// More than QEMU's q35 takes.
+const VCPUS_MAX: u32 = 255;
+/// Disks beyond are a mistake in units.
+const DISK_MAX_GIB: u64 = 64 << 10;
+
+/// `dyad.dev/*` annotations that mean something to a machine.
+pub const ANNOTATIONS: [&str; 4] = [
+    "dyad.dev/boot",
+    "dyad.dev/disk",
+    "dyad.dev/memory",
+    "dyad.dev/vcpus",
+];
+
+/// What the host has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Host {
+    /// CPUs online.
+    pub cpus: u32,
+    /// Memory in all.
+    pub memory_mib: u64,
+}
+
+/// The pod's size, and its disk's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PodSize {
+    /// vCPUs and memory.
+    pub size: Size,
+    /// Virtual size of the writable disk.
+    pub disk_gib: u64,
+    /// The pod's CPU shares, for its cgroup.
+    pub cpu_shares: Option<u64>,
+}
+
+/// Decides the size from `cri`, the annotations that containerd's CRI puts into the
+/// sandbox's spec, and `own`, the pod's `dyad.dev/*` that the configuration allows.
+///
+/// # Errors
+/// `InvalidArgument` with the annotation or limit, its value, and the bounds.
+pub fn plan(
+    config: &MachineConfig,
+    cri: &HashMap<String, String>,
+    own: &BTreeMap<String, String>,
+    host: Host,
+) -> Result<PodSize> {
+    for (name, value) in own {
+        if !ANNOTATIONS.contains(&name.as_str()) {
+            return Err(Error::InvalidArgument(format!(
+                "annotation {name}: unknown; a machine knows {}",
+                ANNOTATIONS.join(", ")
+            )));
+        }
+        if name == "dyad.dev/boot" && value != "image" {
+            return Err(Error::InvalidArgument(format!(
+                "annotation {name}: {value:?} is not supported, only \"image\" is"
+            )));
+        }
+    }
+    let number = |name: &str| -> Result<Option<i64>> {
+        let Some(text) = cri.get(name) else {
+            return Ok(None);
+        };
+        text.parse().map(Some).map_err(|_| {
+            Error::InvalidArgument(format!("annotation {name}: {text:?} is not a number"))
+        })
+    };
+    let quota = number("io.kubernetes.cri.sandbox-cpu-quota")?.unwrap_or(0);
+    let period = number("io.kubernetes.cri.sandbox-cpu-period")?.unwrap_or(0);
+    let shares = number("io.kubernetes.cri.sandbox-cpu-shares")?.unwrap_or(0);
+    let limit = number("io.kubernetes.cri.sandbox-memory")?.unwrap_or(0);
+
+    let vcpus = match own.get("dyad.dev/vcpus") {
+        Some(text) => text
+            .parse()
+            .ok()
+            .filter(|n| (1..=VCPUS_MAX).contains(n))
+            .ok_or_else(|| {
+                Error::InvalidArgument(format!(
+                    "annotation dyad.dev/vcpus: {text:?} is not a number from 1 to {VCPUS_MAX}"
+                ))
+            })?,
+        None if quota > 0 && period > 0 => whole_cpus(quota.unsigned_abs(), period.unsigned_abs()),
+        // 2 is what CRI writes for "no request".
+        None if shares > 2 => whole_cpus(shares.unsigned_abs(), 1024),
+        None => config.vcpus,
+    }
+    .clamp(1, VCPUS_MAX);
+
+    let (memory_mib, memory_from) = match own.get("dyad.dev/memory") {
+        Some(text) => (
+            quantity_mib("dyad.dev/memory", text)?,
+            format!("annotation dyad.dev/memory: {text}"),
+        ),
+        None if limit > 0 => (
+            limit.unsigned_abs() >> 20,
+            format!("the pod's memory limit of {limit} bytes"),
+        ),
+        None => (
+            config.memory_mib,
+            format!("memory_mib = {} of the configuration", config.memory_mib),
+        ),
+    };
+    if memory_mib < MEMORY_MIN_MIB {
+        return Err(Error::InvalidArgument(format!(
+            "{memory_from}: too small to boot a machine, which takes at least {MEMORY_MIN_MIB} MiB; raise it or leave it out"
+        )));
+    }
+    if memory_mib > host.memory_mib {
+        return Err(Error::InvalidArgument(format!(
+            "{memory_from}: more than this host's {} MiB",
+            host.memory_mib
+        )));
+    }
+    let disk_gib = match own.get("dyad.dev/disk") {
+        Some(text) => quantity_mib("dyad.dev/disk", text)?.div_ceil(1024),
+        None => config.disk_gib,
+    };
+    if !(1..=DISK_MAX_GIB).contains(&disk_gib) {
+        return Err(Error::InvalidArgument(format!(
+            "a pod's disk of {disk_gib} GiB: must be from 1 to {DISK_MAX_GIB} GiB"
+        )));
+    }
+    Ok(PodSize {
+        size: Size {
+            vcpus,
+            max_vcpus: vcpus.max(host.cpus.min(VCPUS_GROWTH)),
+            memory_mib,
+            max_memory_mib: host.memory_mib.max(memory_mib),
+        },
+        disk_gib,
+        cpu_shares: (shares > 0).then_some(shares.unsigned_abs()),
+    })
+}
+
+fn whole_cpus(amount: u64, of: u64) -> u32 {
+    amount.div_ceil(of).min(u64::from(VCPUS_MAX)) as u32
+}
+
+/// A Kubernetes quantity of bytes (`512Mi`, `1G`, `268435456`), rounded down to MiB.
+fn quantity_mib(name: &str, text: &str) -> Result<u64> {
+    const UNITS: [(&str, u64); 9] = [
+        ("Ki", 1 << 10),
+        ("Mi", 1 << 20),
+        ("Gi", 1 << 30),
+        ("Ti", 1 << 40),
+        ("k", 1_000),
+        ("M", 1_000_000),
+        ("G", 1_000_000_000),
+        ("T", 1_000_000_000_000),
+        ("", 1),
+    ];
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = &text[digits.len()..];
+    UNITS
+        .iter()
+        .find(|(suffix, _)| *suffix == unit)
+        .and_then(|(_, factor)| digits.parse::<u64>().ok()?.checked_mul(*factor))
+        .map(|bytes| bytes >> 20)
+        .ok_or_else(|| {
+            Error::InvalidArgument(format!(
+                "annotation {name}: {text:?} is not a quantity such as 512Mi or 2Gi"
+            ))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: Host = Host {
+        cpus: 2,
+        memory_mib: 8192,
+    };
+
+    fn cri(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        pairs
+            .iter()
+            .map(|(k, v)| (format!("io.kubernetes.cri.sandbox-{k}"), (*v).to_owned()))
+            .collect()
+    }
+
+    fn own(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs
+            .iter()
+            .map(|(k, v)| (format!("dyad.dev/{k}"), (*v).to_owned()))
+            .collect()
+    }
+
+    fn size(cri_pairs: &[(&str, &str)], own_pairs: &[(&str, &str)]) -> Result<PodSize> {
+        plan(
+            &MachineConfig::default(),
+            &cri(cri_pairs),
+            &own(own_pairs),
+            HOST,
+        )
+    }
+
+    #[test]
+    fn a_pod_that_asks_for_nothing_gets_the_configured_size() {
+        let got = size(&[("cpu-shares", "2")], &[]).expect("size");
+        assert_eq!(
+            (got.size.vcpus, got.size.memory_mib, got.disk_gib),
+            (1, 256, 10)
+        );
+        assert_eq!(got.size.max_vcpus, 2);
+        assert_eq!(got.size.max_memory_mib, 8192);
+    }
+
+    #[test]
+    fn limits_win_over_requests_and_annotations_over_both() {
+        let limits = [
+            ("cpu-quota", "150000"),
+            ("cpu-period", "100000"),
+            ("cpu-shares", "4096"),
+            ("memory", "536870912"),
+        ];
+        let got = size(&limits, &[]).expect("size");
+        assert_eq!((got.size.vcpus, got.size.memory_mib), (2, 512));
+        assert_eq!(got.cpu_shares, Some(4096));
+        let got = size(
+            &limits,
+            &[("vcpus", "3"), ("memory", "1Gi"), ("disk", "20Gi")],
+        )
+        .expect("size");
+        assert_eq!(
+            (got.size.vcpus, got.size.memory_mib, got.disk_gib),
+            (3, 1024, 20)
+        );
+        assert_eq!(got.size.max_vcpus, 3);
+        let got = size(&[("cpu-shares", "1536")], &[]).expect("size");
+        assert_eq!(got.size.vcpus, 2);
+    }
+
+    #[test]
+    fn a_memory_too_small_to_boot_is_refused_with_the_least() {
+        let error = size(&[("memory", "33554432")], &[]).expect_err("refused");
+        assert!(error.to_string().contains("33554432"), "{error}");
+        assert!(error.to_string().contains("96 MiB"), "{error}");
+        assert!(size(&[], &[("memory", "16Mi")]).is_err());
+        let error = size(&[], &[("memory", "1Ti")]).expect_err("refused");
+        assert!(error.to_string().contains("8192 MiB"), "{error}");
+    }
+
+    #[test]
+    fn annotations_are_read_strictly() {
+        for (name, value) in [
+            ("vcpus", "0"),
+            ("vcpus", "two"),
+            ("vcpus", "1.5"),
+            ("vcpus", "-1"),
+            ("memory", "512"),
+            ("memory", "12XB"),
+            ("memory", "99999999999999999999Gi"),
+            ("memory", ""),
+            ("disk", "0"),
+            ("boot", "disk"),
+            ("vcpu", "1"),
+        ] {
+            let error = size(&[], &[(name, value)]).expect_err(name);
+            assert!(error.to_string().contains(name), "{name}={value}: {error}");
+        }
+        assert!(size(&[], &[("boot", "image")]).is_ok());
+        assert!(size(&[("cpu-quota", "x")], &[]).is_err());
+    }
+}

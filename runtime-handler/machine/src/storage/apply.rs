@@ -1,0 +1,358 @@
+//! Makes the disks that [`super::plan`] decided on.
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use dyad_runtime_handler::Error;
+use dyad_runtime_handler::error::{Context, Result};
+use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+
+use super::plan::{LayerIdentity, RootPlan, image_key};
+
+/// The file and mode of the user that QEMU runs as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QemuUser {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+/// A root converted to EROFS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Names it; the file's stem.
+    pub key: String,
+    /// The EROFS file.
+    pub file: PathBuf,
+    /// To be removed with the container.
+    pub private: bool,
+}
+
+/// Creates `dir` so that QEMU's user can walk through it but not list it.
+///
+/// # Errors
+/// It cannot be made.
+pub fn walkable_dir(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).context(|| format!("create {}", dir.display()))?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o711))
+        .context(|| format!("set the mode of {}", dir.display()))
+}
+
+/// Refuses a directory that lies in memory: disks there would take from the host what the
+/// pod's size does not count.
+///
+/// # Errors
+/// `FailedPrecondition` on tmpfs, naming the key to set.
+pub fn check_on_disk(dir: &Path) -> Result<()> {
+    let kind = statfs(dir).context(|| format!("look at the filesystem of {}", dir.display()))?;
+    if kind.filesystem_type() == TMPFS_MAGIC {
+        return Err(Error::FailedPrecondition(format!(
+            "{} is on tmpfs, so machines' disks would fill the host's memory; set `cache_dir` to a directory on disk",
+            dir.display()
+        )));
+    }
+    Ok(())
+}
+
+/// The image's EROFS file, converted unless it is there. Two that ask at once convert once.
+///
+/// `private_dir` receives what only this container uses.
+///
+/// # Errors
+/// `mkfs.erofs` is missing or failed; nothing half-made stays.
+pub async fn image(
+    plan: RootPlan,
+    cache_dir: PathBuf,
+    private_dir: PathBuf,
+    owner: Option<QemuUser>,
+) -> Result<Image> {
+    // The thread gets a mount namespace of its own and must not be used for anything else.
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new()
+        .name("image-convert".into())
+        .spawn(move || {
+            // The asker may have gone.
+            let _ = answer.send(image_blocking(&plan, &cache_dir, &private_dir, owner));
+        })
+        .context(|| "start the conversion thread".into())?;
+    answered
+        .await
+        .map_err(|_| Error::Unavailable("the conversion thread died".into(), None))?
+}
+
+fn image_blocking(
+    plan: &RootPlan,
+    cache_dir: &Path,
+    private_dir: &Path,
+    owner: Option<QemuUser>,
+) -> Result<Image> {
+    let mut layers = plan.layers.clone();
+    let mut private = plan.private;
+    if let Some(upper) = &plan.upper {
+        if has_entries(upper)? {
+            layers.insert(0, upper.clone());
+            private = true;
+        }
+    }
+    let identities = layers
+        .iter()
+        .map(|layer| identity(layer))
+        .collect::<Result<Vec<_>>>()?;
+    let key = image_key(&identities);
+    let dir = if private { private_dir } else { cache_dir };
+    let file = dir.join(format!("{key}.erofs"));
+    let image = Image { key, file, private };
+    if !private && image.file.exists() {
+        return Ok(image);
+    }
+    walkable_dir(dir)?;
+
+    // One lock file per image: converting one does not hold up another.
+    let lock_path = dir.join(format!("{}.lock", image.key));
+    let lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&lock_path)
+        .context(|| format!("open {}", lock_path.display()))?;
+    let _locked = Flock::lock(lock, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| errno)
+        .context(|| format!("lock {}", lock_path.display()))?;
+    if !image.file.exists() {
+        let partial = dir.join(format!("{}.partial", image.key));
+        let made = convert(&layers, dir, &partial, owner).and_then(|()| {
+            std::fs::rename(&partial, &image.file)
+                .context(|| format!("move the image to {}", image.file.display()))
+        });
+        if let Err(error) = made {
+            let _ = std::fs::remove_file(&partial);
+            return Err(error);
+        }
+    }
+    // A late-comer that opened the lock before this makes a new one, finds the image, and is done.
+    let _ = std::fs::remove_file(&lock_path);
+    Ok(image)
+}
+
+fn has_entries(dir: &Path) -> Result<bool> {
+    let mut entries = std::fs::read_dir(dir).context(|| format!("list {}", dir.display()))?;
+    Ok(entries.next().is_some())
+}
+
+fn identity(layer: &Path) -> Result<LayerIdentity> {
+    let meta = std::fs::metadata(layer)
+        .context(|| format!("look at the image's layer {}", layer.display()))?;
+    Ok(LayerIdentity {
+        path: layer.to_owned(),
+        device: meta.dev(),
+        inode: meta.ino(),
+        changed_ns: i128::from(meta.ctime()) * 1_000_000_000 + i128::from(meta.ctime_nsec()),
+    })
+}
+
+/// Merges the layers in a mount namespace that ends with this thread, so that not even a
+/// crash leaves a mount behind, and writes the view as EROFS.
+fn convert(layers: &[PathBuf], dir: &Path, to: &Path, owner: Option<QemuUser>) -> Result<()> {
+    let source = match layers {
+        [only] => only.clone(),
+        several => {
+            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS)
+                .context(|| "make a mount namespace".into())?;
+            let none: Option<&str> = None;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+                .context(|| "make mounts private".into())?;
+            let view = dir.join(".view");
+            std::fs::create_dir_all(&view).context(|| format!("create {}", view.display()))?;
+            merge(several, &view)?;
+            view
+        }
+    };
+    let _ = std::fs::remove_file(to);
+    // -T: two conversions of one image are equal to the byte.
+    run(Command::new("mkfs.erofs")
+        .args(["-T0", "-d0"])
+        .arg(to)
+        .arg(&source))
+    .context(|| format!("convert the image's root to {}", to.display()))?;
+    let file = File::open(to).context(|| format!("open {}", to.display()))?;
+    if let Some(owner) = owner {
+        std::os::unix::fs::fchown(&file, Some(0), Some(owner.gid))
+            .context(|| format!("set the owner of {}", to.display()))?;
+    }
+    let mode = if owner.is_some() { 0o440 } else { 0o444 };
+    file.set_permissions(std::fs::Permissions::from_mode(mode))
+        .context(|| format!("set the mode of {}", to.display()))?;
+    file.sync_all()
+        .context(|| format!("write {}", to.display()))
+}
+
+/// Mounts the layers, topmost first, as one read-only overlay on `view`. Mount options are
+/// limited to a page, so long lists are named relative to their common parent.
+fn merge(layers: &[PathBuf], view: &Path) -> Result<()> {
+    let mut names = joined(layers);
+    let back = std::env::current_dir().ok();
+    if names.len() > 4000 {
+        let parent = common_parent(layers);
+        std::env::set_current_dir(&parent).context(|| format!("change to {}", parent.display()))?;
+        let relative: Vec<PathBuf> = layers
+            .iter()
+            .map(|layer| layer.strip_prefix(&parent).unwrap_or(layer).to_owned())
+            .collect();
+        names = joined(&relative);
+    }
+    let mut options = OsString::from("lowerdir=");
+    options.push(names);
+    let mounted = mount(
+        Some("overlay"),
+        view,
+        Some("overlay"),
+        MsFlags::MS_RDONLY,
+        Some(options.as_os_str()),
+    )
+    .context(|| format!("merge {} layers", layers.len()));
+    if let Some(back) = back {
+        let _ = std::env::set_current_dir(back);
+    }
+    mounted
+}
+
+fn joined(layers: &[PathBuf]) -> OsString {
+    let names: Vec<String> = layers
+        .iter()
+        .map(|layer| {
+            let name = layer.to_string_lossy();
+            name.replace('\\', r"\\").replace(':', r"\:")
+        })
+        .collect();
+    names.join(":").into()
+}
+
+fn common_parent(layers: &[PathBuf]) -> PathBuf {
+    let mut parent = layers[0].parent().unwrap_or(Path::new("/")).to_owned();
+    while !layers.iter().all(|layer| layer.starts_with(&parent)) && parent.pop() {}
+    parent
+}
+
+/// Creates the pod's writable disk: sparse, ext4, tables written lazily by the guest.
+///
+/// # Errors
+/// `mkfs.ext4` is missing or failed; nothing half-made stays.
+pub async fn pod_disk(file: PathBuf, gib: u64, owner: Option<QemuUser>) -> Result<()> {
+    tokio::task::spawn_blocking(move || {
+        let made = pod_disk_blocking(&file, gib, owner);
+        if made.is_err() {
+            let _ = std::fs::remove_file(&file);
+        }
+        made
+    })
+    .await
+    .map_err(|error| Error::Unavailable(format!("make the pod's disk: {error}"), None))?
+}
+
+fn pod_disk_blocking(file: &Path, gib: u64, owner: Option<QemuUser>) -> Result<()> {
+    let disk = OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .open(file)
+        .context(|| format!("create {}", file.display()))?;
+    disk.set_permissions(std::fs::Permissions::from_mode(0o600))
+        .context(|| format!("set the mode of {}", file.display()))?;
+    disk.set_len(gib << 30)
+        .context(|| format!("set the size of {}", file.display()))?;
+    // No journal: the filesystem does not outlive a crash of the host. Few inodes per group
+    // and uninitialised tables keep the file sparse and the call short.
+    run(Command::new("mkfs.ext4")
+        .args([
+            "-q",
+            "-F",
+            "-m",
+            "0",
+            "-O",
+            "^has_journal,^resize_inode",
+            "-E",
+        ])
+        .arg("lazy_itable_init=1,nodiscard,root_owner=0:0")
+        .arg(file))
+    .context(|| format!("format {}", file.display()))?;
+    if let Some(owner) = owner {
+        std::os::unix::fs::fchown(&disk, Some(owner.uid), Some(owner.gid))
+            .context(|| format!("set the owner of {}", file.display()))?;
+    }
+    Ok(())
+}
+
+/// Why a helper program failed.
+#[derive(Debug, thiserror::Error)]
+enum HelperError {
+    #[error("{program} cannot be run; install the package that has it ({package})")]
+    Missing {
+        program: String,
+        package: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{program} failed with {status}: {stderr}")]
+    Failed {
+        program: String,
+        status: std::process::ExitStatus,
+        stderr: String,
+    },
+}
+
+fn run(command: &mut Command) -> Result<Output, HelperError> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|source| HelperError::Missing {
+            package: if program == "mkfs.erofs" {
+                "erofs-utils"
+            } else {
+                "e2fsprogs"
+            },
+            program: program.clone(),
+            source,
+        })?;
+    if output.status.success() {
+        return Ok(output);
+    }
+    Err(HelperError::Failed {
+        program,
+        status: output.status,
+        stderr: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+    })
+}
+
+/// Writes `content` so that a reader sees the old or the new file, never a part.
+///
+/// # Errors
+/// The directory cannot be written.
+pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
+    let partial = path.with_extension("partial");
+    let mut file = File::create(&partial)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    std::fs::rename(&partial, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_common_parent_is_found() {
+        let layers = ["/s/1/fs", "/s/2/fs"].map(PathBuf::from);
+        assert_eq!(common_parent(&layers), Path::new("/s"));
+        let apart = ["/a/1", "/b/1"].map(PathBuf::from);
+        assert_eq!(common_parent(&apart), Path::new("/"));
+    }
+}
