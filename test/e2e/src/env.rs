@@ -111,6 +111,7 @@ impl Env {
     /// `hack/down` failed; the text holds its output.
     pub fn down(&self) -> Result<()> {
         command::run(&mut self.hack("down"), b"", DOWN_TIMEOUT)?.success("hack/down")?;
+        crate::host::remove_cgroup_parent();
         Ok(())
     }
 
@@ -226,8 +227,8 @@ impl Env {
         Ok(())
     }
 
-    /// The last lines of the environment's logs that matter to `words` (pod and
-    /// container ids), and those that are errors.
+    /// The last lines of the environment's logs that hold one of `words` (a pod's id,
+    /// its name) or are errors, and the machines' consoles.
     pub fn log_tail(&self, words: &[String]) -> String {
         const LINES: usize = 40;
         let mut tail = String::new();
@@ -239,8 +240,7 @@ impl Env {
                 .filter(|line| {
                     words.iter().any(|word| line.contains(word.as_str()))
                         || line.contains("level=error")
-                        || line.contains("level=warn")
-                        || line.contains("dyad")
+                        || line.contains("level=fatal")
                 })
                 .collect();
             let from = told.len().saturating_sub(LINES);

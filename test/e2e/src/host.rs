@@ -103,21 +103,19 @@ impl Processes {
             let mark = environ
                 .split(' ')
                 .find_map(|entry| entry.strip_prefix("DYAD_ENVIRONMENT="));
-            let root_is_ours = || {
-                read("mountinfo").lines().any(|line| {
-                    line.split(' ').nth(4) == Some("/") && line.contains(&format!("{dir}/"))
-                })
-            };
             let command = read("cmdline");
-            match mark {
-                Some(mark) if mark != dir => drop(foreign.insert(pid)),
-                Some(_) => ours.push(format!("{pid} {command}")),
-                // Kernel threads and zombies have no command line.
-                None if command.is_empty() => {}
-                None if command.contains(&format!("{dir}/")) || root_is_ours() => {
-                    ours.push(format!("{pid} {command}"))
-                }
-                None => {}
+            let mounts = read("mountinfo");
+            // The line of a container's root names the folder of its snapshots.
+            let root = mounts
+                .lines()
+                .find(|line| line.split(' ').nth(4) == Some("/"))
+                .unwrap_or_default();
+            let inside = format!("{dir}/");
+            let is_pods = root.contains("/io.containerd.") || command.contains("qemu-system-");
+            if mark == Some(&dir) || command.contains(&inside) || root.contains(&inside) {
+                ours.push(format!("{pid} {command}"));
+            } else if mark.is_some() || is_pods {
+                foreign.insert(pid);
             }
         }
         Self { ours, foreign }
@@ -194,8 +192,18 @@ fn cgroups(foreign: &BTreeSet<String>) -> Vec<String> {
     found
 }
 
-/// The cgroup below which the tests' pods have theirs.
+/// The cgroup below which the tests' pods have theirs; it stays until
+/// [`remove_cgroup_parent`].
 pub const CGROUP_PARENT: &str = "dyad-e2e";
+
+/// Removes [`CGROUP_PARENT`] where it is empty.
+pub fn remove_cgroup_parent() {
+    let root = Path::new("/sys/fs/cgroup");
+    for top in subfolders(root).into_iter().chain([root.to_path_buf()]) {
+        // In use by another run, or not there.
+        let _ = fs::remove_dir(top.join(CGROUP_PARENT));
+    }
+}
 
 fn walk_cgroup(folder: &Path, foreign: &BTreeSet<String>, found: &mut Vec<String>) {
     let procs = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
@@ -203,7 +211,7 @@ fn walk_cgroup(folder: &Path, foreign: &BTreeSet<String>, found: &mut Vec<String
         return;
     }
     let below = subfolders(folder);
-    if below.is_empty() {
+    if below.is_empty() && !folder.ends_with(CGROUP_PARENT) {
         found.push(format!("cgroup {}", folder.display()));
     }
     for folder in below {

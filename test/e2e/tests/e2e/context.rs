@@ -5,7 +5,7 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -65,6 +65,8 @@ pub struct Context<'a> {
     /// crictl on it.
     pub crictl: Crictl,
     pods: Mutex<Vec<String>>,
+    /// Names and ids by which a log tells of this trial's pods.
+    words: Mutex<Vec<String>>,
     folders: Mutex<Vec<PathBuf>>,
 }
 
@@ -76,6 +78,7 @@ impl<'a> Context<'a> {
             handler,
             crictl: env.crictl(),
             pods: Mutex::default(),
+            words: Mutex::default(),
             folders: Mutex::default(),
         }
     }
@@ -89,44 +92,28 @@ impl<'a> Context<'a> {
                 .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
             Err(anyhow!("panic: {}", text.unwrap_or_default()))
         });
-        let result = result.map_err(|error| {
-            let words = self.ids();
-            error.context(format!("failed; the logs:\n{}", self.env.log_tail(&words)))
-        });
+        let result = result.map_err(|error| anyhow!("{error:#}\n{}", self.logs()));
         let cleaned = self.clean();
         match (result, cleaned) {
-            (Ok(_), Err(error)) => Err(error.context(format!(
-                "clean up; the logs:\n{}",
-                self.env.log_tail(&self.ids())
-            ))),
+            (Ok(_), Err(error)) => Err(anyhow!("clean up: {error:#}\n{}", self.logs())),
             (result, _) => result,
         }
     }
 
-    fn ids(&self) -> Vec<String> {
-        let pods = self
-            .pods
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        pods.into_iter().filter(|pod| pod.len() > 12).collect()
+    fn logs(&self) -> String {
+        self.env.log_tail(&locked(&self.words))
     }
 
     fn clean(&self) -> Result<()> {
         let mut result = Ok(());
         let there = self.crictl.pods().unwrap_or_default();
-        for pod in self.ids() {
-            if there.contains(&pod) {
-                let removed = self.crictl.rmp_force(&pod);
+        for pod in locked(&self.pods).iter() {
+            if there.contains(pod) {
+                let removed = self.crictl.rmp_force(pod);
                 result = result.and(removed);
             }
         }
-        for folder in self
-            .folders
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-        {
+        for folder in locked(&self.folders).iter() {
             // Scratch in the environment's folder; cgroups by rmdir only.
             if folder.starts_with("/sys/fs/cgroup") {
                 let _ = fs::remove_dir(folder);
@@ -169,11 +156,10 @@ impl<'a> Context<'a> {
     /// Runs a pod under a handler that need not be the trial's own.
     pub fn run_pod(&self, handler: Handler, config: Value) -> Result<Pod<'_>> {
         self.expect_cgroups_of(&config);
+        let name = config["metadata"]["name"].as_str().unwrap_or_default();
+        locked(&self.words).push(format!("{name},"));
         let id = self.crictl.runp(handler.name(), &config)?;
-        self.pods
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(id.clone());
+        locked(&self.pods).push(id.clone());
         Ok(Pod {
             context: self,
             id,
@@ -188,7 +174,7 @@ impl<'a> Context<'a> {
             return;
         };
         let parent = parent.trim_start_matches('/');
-        let mut folders = self.folders.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut folders = locked(&self.folders);
         folders.push(PathBuf::from("/sys/fs/cgroup").join(parent));
         for hierarchy in fs::read_dir("/sys/fs/cgroup")
             .into_iter()
@@ -207,7 +193,7 @@ impl<'a> Context<'a> {
             return Ok(());
         };
         let parent = parent.trim_start_matches('/');
-        let folders = self.folders.lock().unwrap_or_else(PoisonError::into_inner);
+        let folders = locked(&self.folders);
         for folder in folders
             .iter()
             .filter(|folder| folder.ends_with(parent) && folder.exists())
@@ -222,12 +208,13 @@ impl<'a> Context<'a> {
     pub fn folder(&self, path: &str) -> Result<PathBuf> {
         let folder = self.env.dir.join("e2e").join(path);
         fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
-        self.folders
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(folder.clone());
+        locked(&self.folders).push(folder.clone());
         Ok(folder)
     }
+}
+
+fn locked<T>(list: &Mutex<Vec<T>>) -> MutexGuard<'_, Vec<T>> {
+    list.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A running pod.

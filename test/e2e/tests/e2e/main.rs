@@ -103,7 +103,7 @@ fn prepare(args: &mut Arguments) -> Result<(Arc<Stages>, Vec<Trial>)> {
 }
 
 fn outcome(result: Result<Completion>) -> Result<Completion, Failed> {
-    result.map_err(|error| Failed::from(format!("{error:?}")))
+    result.map_err(|error| Failed::from(format!("{error:#}")))
 }
 
 fn module(version: Version) -> String {

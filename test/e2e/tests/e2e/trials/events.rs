@@ -27,7 +27,10 @@ impl Events {
     /// Listens; returns when events do arrive.
     fn listen(context: &Context<'_>) -> Result<Self> {
         let file = context
-            .folder(&format!("events-{}", context.handler.name()))?
+            .folder(&format!(
+                "events-{}",
+                std::thread::current().name().unwrap_or_default()
+            ))?
             .join("log");
         let ctr = context
             .env

@@ -24,9 +24,8 @@ fn an_exec_returns_its_exit_code(context: &Context<'_>) -> Result<()> {
     let container = pod.idle()?;
     let done = context
         .crictl
-        .exec_sync(&container.id, 30, &["sh", "-c", "echo out; exit 7"])?;
-    same("output", done.text().as_str(), "out\n")?;
-    names(&done.stderr, &["exit code 7"])?;
+        .exec_sync(&container.id, 30, &["sh", "-c", "exit 7"])?;
+    names(&done.stderr, &["exited with 7"])?;
     let done = container.exec("exit 9")?;
     if done.status.success() {
         bail!("exit code 9 came back as success");

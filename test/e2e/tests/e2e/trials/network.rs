@@ -16,9 +16,10 @@ pub const CASES: &[Case] = &[
 /// A web server on port 8080 that says `dyad`.
 const SERVE: &str = "exec httpd -f -p 8080 -h /var/www";
 
-/// Asks until it answers: the server may be a moment away.
+/// Asks until it answers: the server may be a moment away. (Debian's static wget crashes.)
 fn fetch(address: &str) -> String {
-    format!("until wget -q -T 5 -O - http://{address}:8080/; do usleep 100000; done")
+    let ask = format!("printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 5 {address} 8080");
+    format!("until {ask} | grep '^dyad'; do usleep 100000; done")
 }
 
 fn two_containers_of_a_pod_talk_over_localhost(context: &Context<'_>) -> Result<()> {

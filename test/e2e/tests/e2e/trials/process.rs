@@ -28,7 +28,7 @@ fn field(status: &str, name: &str) -> Result<String> {
 
 fn a_process_runs_as_the_user_and_groups_asked_for(context: &Context<'_>) -> Result<()> {
     let pod = context.pod()?;
-    let script = "id -u; id -g; id -G | tr ' ' '\\n' | sort -n | tr '\\n' ' '; sleep 1000 & trap 'exit 0' TERM; wait";
+    let script = "id -u; id -g; id -G | tr ' ' '\\n' | sort -n | xargs echo; sleep 1000 & trap 'exit 0' TERM; wait";
     let container = pod.run_with(script, |config| {
         config["linux"]["security_context"] = json!({
             "run_as_user": {"value": 1000},
