@@ -31,12 +31,6 @@ pub struct ContainerStatus {
     /// What containerd adds to the reason.
     #[serde(default)]
     pub message: String,
-    /// RFC 3339.
-    #[serde(default)]
-    pub started_at: String,
-    /// RFC 3339.
-    #[serde(default)]
-    pub finished_at: String,
 }
 
 /// A pod's status with what containerd tells besides.
