@@ -1,0 +1,8 @@
+//! What each command does.
+
+pub mod change;
+pub mod config;
+pub mod console;
+pub mod list;
+pub mod state;
+pub mod watch;

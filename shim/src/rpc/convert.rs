@@ -1,0 +1,387 @@
+//! Between protobuf messages and our own types.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest, Status};
+use containerd_shim_protos::{cgroups, cgroups_v2};
+use dyad_runtime_handler::error::Context as _;
+use dyad_runtime_handler::handler::ProcessId;
+use dyad_runtime_handler::spec::{Resources, RootMount};
+use dyad_runtime_handler::stats::{Hierarchy, IoStats, Stats};
+use dyad_runtime_handler::{Error, Result};
+use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{EnumOrUnknown, Message, MessageField};
+
+use crate::sandbox::state::TaskStatus;
+use crate::sandbox::{CreateRequest, ExecRequest};
+use crate::stdio::StdioUris;
+
+/// A point in time.
+pub fn timestamp(at: SystemTime) -> Timestamp {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanos: since.subsec_nanos().cast_signed(),
+        ..Default::default()
+    }
+}
+
+/// containerd names the init process by an empty exec id.
+pub fn process_id(container: String, exec: String) -> ProcessId {
+    ProcessId {
+        container,
+        exec: Some(exec).filter(|exec| !exec.is_empty()),
+    }
+}
+
+/// containerd's word for a status.
+pub fn status(status: TaskStatus) -> EnumOrUnknown<Status> {
+    EnumOrUnknown::new(match status {
+        TaskStatus::Created => Status::CREATED,
+        TaskStatus::Running => Status::RUNNING,
+        TaskStatus::Stopped => Status::STOPPED,
+        TaskStatus::Paused => Status::PAUSED,
+    })
+}
+
+/// # Errors
+/// `Unimplemented` for a restore from a checkpoint; `InvalidArgument` for a mount that
+/// is not for the root itself.
+pub fn create_request(request: CreateTaskRequest) -> Result<CreateRequest> {
+    if !request.checkpoint.is_empty() {
+        return Err(Error::Unimplemented(format!(
+            "create {} from checkpoint {}: not supported; create it without one",
+            request.id, request.checkpoint
+        )));
+    }
+    let rootfs = request
+        .rootfs
+        .into_iter()
+        .map(|mount| match mount.target.as_str() {
+            "" | "/" => Ok(RootMount {
+                fstype: mount.type_,
+                source: mount.source,
+                options: mount.options,
+            }),
+            target => Err(Error::InvalidArgument(format!(
+                "root mount of {} on {target:?}: only mounts of the root itself are supported",
+                mount.source
+            ))),
+        })
+        .collect::<Result<_>>()?;
+    Ok(CreateRequest {
+        id: request.id,
+        bundle: request.bundle.into(),
+        rootfs,
+        stdio: StdioUris {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        },
+    })
+}
+
+/// # Errors
+/// `InvalidArgument` for a missing exec id, or a spec that is no OCI process.
+pub fn exec_request(request: ExecProcessRequest) -> Result<(String, ExecRequest)> {
+    if request.exec_id.is_empty() {
+        return Err(Error::InvalidArgument("exec: the exec id is empty".into()));
+    }
+    let spec = request.spec.into_option().unwrap_or_default();
+    let process = serde_json::from_slice(&spec.value)
+        .map_err(|error| Error::InvalidArgument(format!("exec {}: {error}", request.exec_id)))?;
+    Ok((
+        request.id,
+        ExecRequest {
+            exec_id: request.exec_id,
+            process,
+            stdio: StdioUris {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+            },
+        },
+    ))
+}
+
+/// # Errors
+/// `InvalidArgument` for resources that are no OCI `LinuxResources`.
+pub fn resources(
+    any: MessageField<Any>,
+    annotations: impl IntoIterator<Item = (String, String)>,
+) -> Result<Resources> {
+    let any = any.into_option().unwrap_or_default();
+    let linux = match any.value.is_empty() {
+        true => oci_spec::runtime::LinuxResources::default(),
+        false => serde_json::from_slice(&any.value).map_err(|error| {
+            Error::InvalidArgument(format!("resources of type {:?}: {error}", any.type_url))
+        })?,
+    };
+    Ok(Resources {
+        linux,
+        annotations: annotations.into_iter().collect::<BTreeMap<_, _>>(),
+    })
+}
+
+/// Metrics of the type that belongs to the hierarchy: containerd takes no other.
+///
+/// # Errors
+/// The message could not be encoded.
+pub fn stats(stats: &Stats) -> Result<Any> {
+    let (type_url, value) = match stats.hierarchy {
+        Hierarchy::V1 => ("io.containerd.cgroups.v1.Metrics", stats_v1(stats).write_to_bytes()),
+        Hierarchy::V2 => ("io.containerd.cgroups.v2.Metrics", stats_v2(stats).write_to_bytes()),
+    };
+    Ok(Any {
+        type_url: type_url.into(),
+        value: value.context(|| "encode stats".into())?,
+        ..Default::default()
+    })
+}
+
+fn stats_v1(stats: &Stats) -> cgroups::metrics::Metrics {
+    use cgroups::metrics::{
+        BlkIOEntry, BlkIOStat, CPUStat, CPUUsage, MemoryEntry, MemoryOomControl, MemoryStat,
+        Metrics, PidsStat, Throttle,
+    };
+    let cpu = CPUStat {
+        usage: Some(CPUUsage {
+            total: stats.cpu.usage_ns,
+            kernel: stats.cpu.system_ns,
+            user: stats.cpu.user_ns,
+            ..Default::default()
+        })
+        .into(),
+        throttling: Some(Throttle {
+            periods: stats.cpu.periods,
+            throttled_periods: stats.cpu.throttled_periods,
+            throttled_time: stats.cpu.throttled_ns,
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    };
+    let m = &stats.memory;
+    let entry = |limit, usage, max, failcnt| {
+        Some(MemoryEntry {
+            limit,
+            usage,
+            max,
+            failcnt,
+            ..Default::default()
+        })
+        .into()
+    };
+    let memory = MemoryStat {
+        cache: m.file,
+        rss: m.anon,
+        pg_fault: m.pgfault,
+        pg_maj_fault: m.pgmajfault,
+        inactive_anon: m.inactive_anon,
+        active_anon: m.active_anon,
+        inactive_file: m.inactive_file,
+        active_file: m.active_file,
+        hierarchical_memory_limit: m.limit,
+        hierarchical_swap_limit: m.swap_limit,
+        total_cache: m.file,
+        total_rss: m.anon,
+        total_pg_fault: m.pgfault,
+        total_pg_maj_fault: m.pgmajfault,
+        total_inactive_anon: m.inactive_anon,
+        total_active_anon: m.active_anon,
+        total_inactive_file: m.inactive_file,
+        total_active_file: m.active_file,
+        usage: entry(m.limit, m.usage, m.peak, m.max_events),
+        // v1 counts swap together with memory.
+        swap: entry(
+            m.swap_limit,
+            m.usage.saturating_add(m.swap_usage),
+            0,
+            0,
+        ),
+        kernel: entry(u64::MAX, m.kernel, 0, 0),
+        ..Default::default()
+    };
+    let entries = |read: fn(&IoStats) -> u64, write: fn(&IoStats) -> u64| {
+        let one = |io: &IoStats, op: &str, value| BlkIOEntry {
+            op: op.into(),
+            major: io.major,
+            minor: io.minor,
+            value,
+            ..Default::default()
+        };
+        stats
+            .io
+            .iter()
+            .flat_map(|io| [one(io, "Read", read(io)), one(io, "Write", write(io))])
+            .collect()
+    };
+    Metrics {
+        pids: Some(PidsStat {
+            current: stats.pids.current,
+            limit: limit_or_zero(stats.pids.limit),
+            ..Default::default()
+        })
+        .into(),
+        cpu: Some(cpu).into(),
+        memory: Some(memory).into(),
+        blkio: Some(BlkIOStat {
+            io_service_bytes_recursive: entries(|io| io.read_bytes, |io| io.write_bytes),
+            io_serviced_recursive: entries(|io| io.read_ios, |io| io.write_ios),
+            ..Default::default()
+        })
+        .into(),
+        memory_oom_control: Some(MemoryOomControl {
+            oom_kill: m.oom_kills,
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    }
+}
+
+fn stats_v2(stats: &Stats) -> cgroups_v2::metrics::Metrics {
+    use cgroups_v2::metrics::{
+        CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    };
+    let m = &stats.memory;
+    Metrics {
+        pids: Some(PidsStat {
+            current: stats.pids.current,
+            limit: limit_or_zero(stats.pids.limit),
+            ..Default::default()
+        })
+        .into(),
+        cpu: Some(CPUStat {
+            usage_usec: stats.cpu.usage_ns / 1000,
+            user_usec: stats.cpu.user_ns / 1000,
+            system_usec: stats.cpu.system_ns / 1000,
+            nr_periods: stats.cpu.periods,
+            nr_throttled: stats.cpu.throttled_periods,
+            throttled_usec: stats.cpu.throttled_ns / 1000,
+            ..Default::default()
+        })
+        .into(),
+        memory: Some(MemoryStat {
+            anon: m.anon,
+            file: m.file,
+            // The two are one figure here; kept apart nobody adds them up wrongly.
+            kernel_stack: 0,
+            slab: m.kernel,
+            inactive_anon: m.inactive_anon,
+            active_anon: m.active_anon,
+            inactive_file: m.inactive_file,
+            active_file: m.active_file,
+            pgfault: m.pgfault,
+            pgmajfault: m.pgmajfault,
+            usage: m.usage,
+            usage_limit: m.limit,
+            swap_usage: m.swap_usage,
+            swap_limit: m.swap_limit,
+            max_usage: m.peak,
+            ..Default::default()
+        })
+        .into(),
+        io: Some(IOStat {
+            usage: stats
+                .io
+                .iter()
+                .map(|io| IOEntry {
+                    major: io.major,
+                    minor: io.minor,
+                    rbytes: io.read_bytes,
+                    wbytes: io.write_bytes,
+                    rios: io.read_ios,
+                    wios: io.write_ios,
+                    ..Default::default()
+                })
+                .collect(),
+            ..Default::default()
+        })
+        .into(),
+        memory_events: Some(MemoryEvents {
+            max: m.max_events,
+            oom_kill: m.oom_kills,
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    }
+}
+
+/// containerd writes a pids limit that is not set as 0.
+fn limit_or_zero(limit: u64) -> u64 {
+    if limit == u64::MAX { 0 } else { limit }
+}
+
+#[cfg(test)]
+mod tests {
+    use dyad_runtime_handler::stats::{CpuStats, MemoryStats, PidsStats};
+
+    use super::*;
+
+    fn example(hierarchy: Hierarchy) -> Stats {
+        Stats {
+            hierarchy,
+            cpu: CpuStats {
+                usage_ns: 5_000,
+                ..CpuStats::default()
+            },
+            memory: MemoryStats {
+                usage: 100,
+                inactive_file: 40,
+                limit: u64::MAX,
+                ..MemoryStats::default()
+            },
+            pids: PidsStats {
+                current: 2,
+                limit: u64::MAX,
+            },
+            io: vec![IoStats {
+                major: 8,
+                read_bytes: 7,
+                ..IoStats::default()
+            }],
+        }
+    }
+
+    #[test]
+    fn each_hierarchy_has_its_metrics_type() {
+        let any = stats(&example(Hierarchy::V1)).unwrap();
+        assert_eq!(any.type_url, "io.containerd.cgroups.v1.Metrics");
+        let v1 = cgroups::metrics::Metrics::parse_from_bytes(&any.value).unwrap();
+        assert_eq!(v1.cpu.usage.total, 5_000);
+        assert_eq!(v1.memory.usage.usage, 100);
+        assert_eq!(v1.memory.total_inactive_file, 40);
+        assert_eq!(v1.blkio.io_service_bytes_recursive[0].value, 7);
+
+        let any = stats(&example(Hierarchy::V2)).unwrap();
+        assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
+        let v2 = cgroups_v2::metrics::Metrics::parse_from_bytes(&any.value).unwrap();
+        assert_eq!((v2.cpu.usage_usec, v2.memory.usage, v2.pids.limit), (5, 100, 0));
+    }
+
+    #[test]
+    fn an_empty_exec_id_is_the_init_process() {
+        assert_eq!(process_id("c".into(), String::new()), ProcessId::init("c"));
+        assert_eq!(process_id("c".into(), "e".into()), ProcessId::exec("c", "e"));
+    }
+
+    #[test]
+    fn a_checkpoint_and_a_foreign_spec_are_refused() {
+        let request = CreateTaskRequest {
+            checkpoint: "/c".into(),
+            ..Default::default()
+        };
+        assert!(matches!(create_request(request), Err(Error::Unimplemented(_))));
+        let request = ExecProcessRequest {
+            exec_id: "e".into(),
+            ..Default::default()
+        };
+        assert!(matches!(exec_request(request), Err(Error::InvalidArgument(_))));
+    }
+}

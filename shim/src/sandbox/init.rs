@@ -1,0 +1,444 @@
+//! The driver's steps for a container and its init process.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use dyad_runtime_handler::handler::{Exit, Instance, ProcessId};
+use dyad_runtime_handler::spec::{ContainerSpec, Resources, Role};
+use dyad_runtime_handler::{Error, Result};
+use log::{debug, info};
+
+use super::driver::{Driver, not_found, write_launch};
+use super::lane::{Class, Ticket};
+use super::state::{self, Request, State, Step};
+use super::task::{Phase, Task, answer_waiters};
+use super::{CreateRequest, Gone, Reply, TaskEvent};
+use crate::spec::{self, Identity};
+use crate::stdio::{OpenStdio, Owner};
+
+impl Driver {
+    pub(super) fn create(&mut self, request: CreateRequest, reply: Reply<u32>) {
+        let id = request.id.clone();
+        match self.prepare_create(&request) {
+            Err(error) => drop(reply.send(Err(error))),
+            Ok(spec) => self.start_create(id, request, spec, reply),
+        }
+    }
+
+    /// All that can be refused without touching the world.
+    fn prepare_create(&self, request: &CreateRequest) -> Result<(Identity, ContainerSpec)> {
+        let id = &request.id;
+        if self.tasks.contains_key(id) {
+            // Always a refusal.
+            self.decide(id, Request::Create)?;
+        }
+        let oci = spec::read(&request.bundle)?;
+        let no_annotations = std::collections::HashMap::new();
+        let annotations = oci.annotations().as_ref().unwrap_or(&no_annotations);
+        let identity = Identity::of(id, annotations)?;
+        let launch = &self.pod.launch;
+        let pod = spec::pod_info(&identity, annotations, &launch.config)?;
+        if identity.role == Role::Container {
+            let sandbox = self.tasks.get(&identity.sandbox_id);
+            match sandbox.map(|task| task.phase.state()) {
+                Some(State::Running) => {}
+                None => {
+                    return Err(Error::FailedPrecondition(format!(
+                        "create {id}: its pod {} is not here",
+                        identity.sandbox_id
+                    )));
+                }
+                Some(state) => {
+                    return Err(Error::FailedPrecondition(format!(
+                        "create {id}: its pod {} {state}",
+                        identity.sandbox_id
+                    )));
+                }
+            }
+        }
+        let spec = ContainerSpec {
+            id: id.clone(),
+            containerd_namespace: launch.containerd_namespace.clone(),
+            role: identity.role,
+            pod,
+            bundle: request.bundle.clone(),
+            rootfs: request.rootfs.clone(),
+            oci,
+            stdio: dyad_runtime_handler::spec::Stdio::default(),
+        };
+        Ok((identity, spec))
+    }
+
+    fn start_create(
+        &mut self,
+        id: String,
+        request: CreateRequest,
+        (identity, mut spec): (Identity, ContainerSpec),
+        reply: Reply<u32>,
+    ) {
+        let CreateRequest {
+            bundle,
+            rootfs,
+            stdio: uris,
+            ..
+        } = request;
+        if identity.role == Role::Sandbox {
+            self.info = spec.pod.clone();
+        }
+        // From here on something may be left, should we die.
+        if let Err(error) = write_launch(&self.pod.launch, &id, identity.role, &bundle) {
+            let _ = reply.send(Err(error));
+            return;
+        }
+        let mut task = Task::new(identity.role, bundle.clone(), identity.cri, uris.clone());
+        let ticket = task.lane.begin(Class::Whole);
+        self.tasks.insert(id.clone(), task);
+
+        let handler = self.handler.clone();
+        let namespace = self.pod.launch.containerd_namespace.clone();
+        let container = id.clone();
+        let opened = uris.clone();
+        let effect = async move {
+            let owner = Owner {
+                namespace: &namespace,
+                container: &container,
+            };
+            let stdio = OpenStdio::open(&opened, owner).await?;
+            spec.stdio = stdio.duplicate()?;
+            let instance = handler.create(spec).await?;
+            Ok::<_, Error>((stdio, instance))
+        };
+        self.effect(effect, move |driver, result| match result {
+            Ok((stdio, instance)) => {
+                let pid = driver.created(&id, stdio, &instance);
+                info!("created {id}, pid {pid}");
+                driver.publish(TaskEvent::Create {
+                    container: id.clone(),
+                    bundle,
+                    rootfs,
+                    stdio: uris,
+                    pid,
+                });
+                driver.save();
+                let _ = reply.send(Ok(pid));
+                driver.finish(&id, ticket);
+            }
+            Err(error) => {
+                let exit = Exit {
+                    status: 255,
+                    at: SystemTime::now(),
+                };
+                driver.forget(&id, &bundle, exit);
+                let _ = reply.send(Err(error));
+            }
+        });
+    }
+
+    fn created(&mut self, id: &str, stdio: OpenStdio, instance: &Arc<dyn Instance>) -> u32 {
+        if let Some(task) = self.tasks.get_mut(id) {
+            task.instance = Some(instance.clone());
+            task.stdio = Some(stdio);
+            task.phase = Phase::Created;
+        }
+        instance.pid().unwrap_or(0)
+    }
+
+    pub(super) fn run_init(&mut self, container: &str, ticket: Ticket, reply: Reply<u32>) {
+        let ready = self.decide(container, Request::Run).and_then(|_| {
+            let task = self.task(container)?;
+            let instance = task.instance(container)?;
+            task.phase = Phase::Starting { early: None };
+            Ok(instance)
+        });
+        let instance = match ready {
+            Ok(instance) => instance,
+            Err(error) => return self.refused(container, ticket, reply, error),
+        };
+        let container = container.to_owned();
+        self.effect(
+            async move { instance.start(None).await },
+            move |driver, result| {
+                driver.init_started(&container, result, reply);
+                driver.finish(&container, ticket);
+            },
+        );
+    }
+
+    fn init_started(&mut self, container: &str, result: Result<u32>, reply: Reply<u32>) {
+        let Some(task) = self.tasks.get_mut(container) else {
+            return;
+        };
+        let early = match &task.phase {
+            Phase::Starting { early } => *early,
+            _ => None,
+        };
+        match result {
+            Ok(pid) => {
+                task.phase = Phase::Running { pid };
+                info!("started {container}, pid {pid}");
+                self.publish(TaskEvent::Start {
+                    container: container.to_owned(),
+                    pid,
+                });
+                let _ = reply.send(Ok(pid));
+                match early {
+                    // After its start was told, however short it lived.
+                    Some(exit) => self.init_exited(container, exit),
+                    None => self.save(),
+                }
+            }
+            Err(error) => {
+                task.phase = Phase::Failed {
+                    reason: error.chain(),
+                    at: SystemTime::now(),
+                };
+                // The reader of its output must not wait for more.
+                task.stdio = None;
+                if let Some(exit) = task.phase.exit() {
+                    answer_waiters(&mut task.waiters, exit);
+                }
+                self.save();
+                let _ = reply.send(Err(error));
+            }
+        }
+    }
+
+    pub(super) fn init_exited(&mut self, container: &str, exit: Exit) {
+        let Some(task) = self.tasks.get_mut(container) else {
+            debug!("exit of {container}, which is gone");
+            return;
+        };
+        let pid = task.pid();
+        match &mut task.phase {
+            Phase::Starting { early } => {
+                *early = Some(exit);
+                return;
+            }
+            Phase::Created | Phase::Running { .. } | Phase::Paused { .. } => {}
+            Phase::Creating | Phase::Exited { .. } | Phase::Failed { .. } => {
+                debug!("exit of {container} while {:?}", task.phase);
+                return;
+            }
+        }
+        task.phase = Phase::Exited { pid, exit };
+        // With the backend's own ends, which close when the output is drained, this is
+        // the last: readers see the end.
+        task.stdio = None;
+        let role = task.role;
+        info!("{container} exited with status {}", exit.status);
+        self.publish(TaskEvent::Exit {
+            process: ProcessId::init(container),
+            pid,
+            exit,
+        });
+        if let Some(task) = self.tasks.get_mut(container) {
+            answer_waiters(&mut task.waiters, exit);
+        }
+        if role == Role::Sandbox {
+            self.machine_ended(exit.at);
+        }
+        self.save();
+    }
+
+    pub(super) fn signal_init(
+        &mut self,
+        container: &str,
+        ticket: Ticket,
+        signal: i32,
+        all: bool,
+        reply: Reply<()>,
+    ) {
+        let ends = state::signal_ends(signal);
+        let ready = self
+            .decide(container, Request::Kill { ends })
+            .and_then(|step| Ok((step, self.task(container)?.instance(container)?)));
+        let (step, instance) = match ready {
+            Ok(ready) => ready,
+            Err(error) => return self.refused(container, ticket, reply, error),
+        };
+        let container = container.to_owned();
+        let thaw = step == Step::ThawAndSignal;
+        // In a machine that is paused as a whole it is the machine that must thaw.
+        let frozen = if thaw { self.frozen(&container) } else { None };
+        let effect = async move {
+            if let Some((_, frozen)) = &frozen {
+                frozen.resume().await?;
+            }
+            let thawed = frozen.map(|(id, _)| id);
+            Ok::<_, Error>((thawed, instance.signal(None, signal, all).await))
+        };
+        self.effect(effect, move |driver, result: Result<_>| {
+            let result = result.and_then(|(thawed, signalled)| {
+                if let Some(id) = thawed {
+                    driver.thawed(&id);
+                }
+                signalled
+            });
+            let _ = reply.send(result);
+            driver.finish(&container, ticket);
+        });
+    }
+
+    /// What has to be thawed for `container` to run: itself, or its pod's machine.
+    fn frozen(&self, container: &str) -> Option<(String, Arc<dyn Instance>)> {
+        let paused = |task: &&Task| matches!(task.phase, Phase::Paused { .. });
+        let own = self.tasks.get(container).filter(paused);
+        if let Some(task) = own {
+            return Some((container.to_owned(), task.instance.clone()?));
+        }
+        self.tasks
+            .iter()
+            .find(|(_, task)| task.role == Role::Sandbox && paused(task))
+            .and_then(|(id, task)| Some((id.clone(), task.instance.clone()?)))
+    }
+
+    pub(super) fn pause(&mut self, container: &str, ticket: Ticket, reply: Reply<()>) {
+        self.freezer(container, ticket, reply, Request::Pause);
+    }
+
+    pub(super) fn resume(&mut self, container: &str, ticket: Ticket, reply: Reply<()>) {
+        self.freezer(container, ticket, reply, Request::Resume);
+    }
+
+    fn freezer(&mut self, container: &str, ticket: Ticket, reply: Reply<()>, request: Request) {
+        let ready = self
+            .decide(container, request)
+            .and_then(|step| Ok((step, self.task(container)?.instance(container)?)));
+        let (step, instance) = match ready {
+            Ok((Step::AlreadySo, _)) => {
+                let _ = reply.send(Ok(()));
+                return self.finish(container, ticket);
+            }
+            Ok(ready) => ready,
+            Err(error) => return self.refused(container, ticket, reply, error),
+        };
+        let container = container.to_owned();
+        let freeze = step == Step::Freeze;
+        let effect = async move {
+            match freeze {
+                true => instance.pause().await,
+                false => instance.resume().await,
+            }
+        };
+        self.effect(effect, move |driver, result| {
+            match (&result, freeze) {
+                (Ok(()), true) => driver.frozen_now(&container),
+                (Ok(()), false) => driver.thawed(&container),
+                (Err(_), _) => {}
+            }
+            let _ = reply.send(result);
+            driver.finish(&container, ticket);
+        });
+    }
+
+    fn frozen_now(&mut self, container: &str) {
+        if let Some(task) = self.tasks.get_mut(container)
+            && let Phase::Running { pid } = task.phase
+        {
+            task.phase = Phase::Paused { pid };
+            info!("{container} is paused");
+            self.publish(TaskEvent::Paused {
+                container: container.to_owned(),
+            });
+            self.save();
+        }
+    }
+
+    fn thawed(&mut self, container: &str) {
+        if let Some(task) = self.tasks.get_mut(container)
+            && let Phase::Paused { pid } = task.phase
+        {
+            task.phase = Phase::Running { pid };
+            info!("{container} is resumed");
+            self.publish(TaskEvent::Resumed {
+                container: container.to_owned(),
+            });
+            self.save();
+        }
+    }
+
+    pub(super) fn update(
+        &mut self,
+        container: &str,
+        ticket: Ticket,
+        resources: Resources,
+        reply: Reply<()>,
+    ) {
+        let ready = self
+            .decide(container, Request::Update)
+            .and_then(|_| self.task(container)?.instance(container));
+        let instance = match ready {
+            Ok(instance) => instance,
+            Err(error) => return self.refused(container, ticket, reply, error),
+        };
+        let container = container.to_owned();
+        self.effect(
+            async move { instance.update(&resources).await },
+            move |driver, result| {
+                let _ = reply.send(result);
+                driver.finish(&container, ticket);
+            },
+        );
+    }
+
+    pub(super) fn delete_init(&mut self, container: &str, ticket: Ticket, reply: Reply<Gone>) {
+        let ready = self.decide(container, Request::Delete).and_then(|_| {
+            self.not_the_pod_of_others(container)?;
+            self.task(container)?.instance(container)
+        });
+        let instance = match ready {
+            Ok(instance) => instance,
+            Err(error) => return self.refused(container, ticket, reply, error),
+        };
+        let container = container.to_owned();
+        self.effect(
+            async move { instance.delete().await },
+            move |driver, result| match result {
+                Ok(()) => {
+                    let _ = reply.send(driver.deleted(&container));
+                }
+                Err(error) => driver.refused(&container, ticket, reply, error),
+            },
+        );
+    }
+
+    /// The machine goes last: its containers cannot be deleted without it.
+    fn not_the_pod_of_others(&self, container: &str) -> Result<()> {
+        let is_sandbox = self
+            .tasks
+            .get(container)
+            .is_some_and(|task| task.role == Role::Sandbox);
+        match self.tasks.iter().find(|(id, task)| {
+            is_sandbox && id.as_str() != container && task.phase.exit().is_none()
+        }) {
+            Some((other, _)) => Err(Error::FailedPrecondition(format!(
+                "delete {container}: container {other} of this pod is still there; delete it first"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    fn deleted(&mut self, container: &str) -> Result<Gone> {
+        let task = self
+            .tasks
+            .get(container)
+            .ok_or_else(|| not_found(container))?;
+        let exit = task.phase.exit().unwrap_or_else(|| Exit {
+            status: 0,
+            at: SystemTime::now(),
+        });
+        let gone = Gone {
+            pid: task.pid(),
+            exit,
+        };
+        let bundle = task.bundle.clone();
+        self.publish(TaskEvent::Delete {
+            process: ProcessId::init(container),
+            pid: gone.pid,
+            exit,
+        });
+        self.forget(container, &bundle, exit);
+        info!("deleted {container}");
+        Ok(gone)
+    }
+}

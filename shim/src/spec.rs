@@ -1,0 +1,173 @@
+//! A bundle's `config.json`, read into what a backend is asked to run.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use dyad_runtime_handler::error::Context as _;
+use dyad_runtime_handler::spec::{PodInfo, Role};
+use dyad_runtime_handler::{Error, Result};
+use oci_spec::runtime::Spec;
+use serde::Deserialize;
+
+use crate::config::Config;
+
+/// CRI's annotations on every container (containerd: internal/cri/annotations).
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const SANDBOX_NAME: &str = "io.kubernetes.cri.sandbox-name";
+const SANDBOX_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
+const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
+
+/// What a container is and whose.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Its pod's sandbox id; outside CRI its own.
+    pub sandbox_id: String,
+    /// What it is in its pod.
+    pub role: Role,
+    /// Whether CRI made it.
+    pub cri: bool,
+}
+
+/// The annotations of the bundle's spec, without reading the rest of it; none where
+/// there is no spec (a pod without a pause container).
+///
+/// # Errors
+/// `InvalidArgument` where `config.json` is not JSON.
+pub fn read_annotations(bundle: &Path) -> Result<HashMap<String, String>> {
+    #[derive(Deserialize)]
+    struct Annotated {
+        #[serde(default)]
+        annotations: Option<HashMap<String, String>>,
+    }
+    let path = bundle.join("config.json");
+    let text = match std::fs::read(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(HashMap::new()),
+        Err(error) => return Err(Error::other(format!("read {}", path.display()), error)),
+    };
+    serde_json::from_slice::<Annotated>(&text)
+        .map(|spec| spec.annotations.unwrap_or_default())
+        .map_err(|error| Error::InvalidArgument(format!("{}: {error}", path.display())))
+}
+
+/// The whole spec of a bundle.
+///
+/// # Errors
+/// It cannot be read, or (`InvalidArgument`) is no OCI runtime spec.
+pub fn read(bundle: &Path) -> Result<Spec> {
+    let path = bundle.join("config.json");
+    let text = std::fs::read(&path).context(|| format!("read {}", path.display()))?;
+    serde_json::from_slice(&text)
+        .map_err(|error| Error::InvalidArgument(format!("{}: {error}", path.display())))
+}
+
+impl Identity {
+    /// Who `id` is, by its annotations.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an unknown container type, or a container without a pod.
+    pub fn of(id: &str, annotations: &HashMap<String, String>) -> Result<Self> {
+        let role = match annotations.get(CONTAINER_TYPE).map(String::as_str) {
+            None => {
+                return Ok(Self {
+                    sandbox_id: id.to_owned(),
+                    role: Role::Sandbox,
+                    cri: false,
+                });
+            }
+            Some("sandbox") => Role::Sandbox,
+            Some("container") => Role::Container,
+            Some(other) => {
+                return Err(Error::InvalidArgument(format!(
+                    "annotation {CONTAINER_TYPE}: {other:?} is neither sandbox nor container"
+                )));
+            }
+        };
+        let sandbox_id = annotations.get(SANDBOX_ID).cloned().unwrap_or_default();
+        let usable = !sandbox_id.is_empty()
+            && !sandbox_id.contains(['/', '\0'])
+            && sandbox_id != "."
+            && sandbox_id != "..";
+        if !usable {
+            return Err(Error::InvalidArgument(format!(
+                "annotation {SANDBOX_ID}: {sandbox_id:?} is not a sandbox id"
+            )));
+        }
+        Ok(Self {
+            sandbox_id,
+            role,
+            cri: true,
+        })
+    }
+}
+
+/// The pod of a container, with those of its annotations that `config` allows.
+///
+/// # Errors
+/// `InvalidArgument` naming an annotation of ours that is unknown or not allowed.
+pub fn pod_info(
+    identity: &Identity,
+    annotations: &HashMap<String, String>,
+    config: &Config,
+) -> Result<PodInfo> {
+    let text = |name| annotations.get(name).cloned().unwrap_or_default();
+    Ok(PodInfo {
+        sandbox_id: identity.sandbox_id.clone(),
+        namespace: text(SANDBOX_NAMESPACE),
+        name: text(SANDBOX_NAME),
+        uid: text(SANDBOX_UID),
+        annotations: config.pod_annotations(annotations)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn annotations(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        pairs
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn a_container_belongs_to_the_sandbox_that_cri_names() {
+        let identity = Identity::of(
+            "c1",
+            &annotations(&[(CONTAINER_TYPE, "container"), (SANDBOX_ID, "s1")]),
+        )
+        .unwrap();
+        assert_eq!(identity.sandbox_id, "s1");
+        assert_eq!(identity.role, Role::Container);
+        assert!(identity.cri);
+    }
+
+    #[test]
+    fn a_task_outside_cri_is_its_own_pod() {
+        let identity = Identity::of("t", &HashMap::new()).unwrap();
+        assert_eq!((identity.sandbox_id.as_str(), identity.cri), ("t", false));
+        assert_eq!(identity.role, Role::Sandbox);
+    }
+
+    #[test]
+    fn a_sandbox_id_that_walks_out_of_its_directory_is_refused() {
+        for id in ["", "..", "a/b"] {
+            let annotations = annotations(&[(CONTAINER_TYPE, "container"), (SANDBOX_ID, id)]);
+            assert!(Identity::of("c", &annotations).is_err(), "{id:?}");
+        }
+        let annotations = annotations(&[(CONTAINER_TYPE, "podsandbox")]);
+        assert!(Identity::of("c", &annotations).is_err());
+    }
+
+    #[test]
+    fn a_bundle_without_a_spec_has_no_annotations() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(read_annotations(dir.path()).unwrap().is_empty());
+        std::fs::write(dir.path().join("config.json"), "{").unwrap();
+        assert!(read_annotations(dir.path()).is_err());
+        std::fs::write(dir.path().join("config.json"), r#"{"annotations":{"a":"b"}}"#).unwrap();
+        assert_eq!(read_annotations(dir.path()).unwrap()["a"], "b");
+    }
+}
