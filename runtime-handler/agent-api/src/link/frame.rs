@@ -389,6 +389,11 @@ impl Decoder {
         Self::default()
     }
 
+    #[cfg(test)]
+    pub(super) fn capacity(&self) -> usize {
+        self.body.capacity()
+    }
+
     /// Takes bytes from the front of `input` until a frame ends or all are taken.
     /// `None`: more bytes are needed. After an error it is in step again.
     pub fn next(&mut self, input: &mut &[u8]) -> Option<Result<Frame, FrameError>> {

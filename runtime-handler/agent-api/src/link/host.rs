@@ -28,6 +28,9 @@ pub type BoxReader = Box<dyn AsyncRead + Send + Unpin>;
 /// The writing half of a channel.
 pub type BoxWriter = Box<dyn AsyncWrite + Send + Unpin>;
 
+/// A channel that a connector is opening.
+pub type Opening = Pin<Box<dyn Future<Output = io::Result<(BoxReader, BoxWriter)>> + Send>>;
+
 /// HELLO is said again after this time, then after twice as long, and so on …
 const HELLO_AGAIN: Duration = Duration::from_millis(100);
 /// … up to this.
@@ -157,10 +160,7 @@ impl Drop for CloseOnDrop {
 }
 
 /// A connector for [`Client::new`]: the unix socket of a virtio-serial channel.
-pub fn unix(
-    path: impl Into<PathBuf>,
-) -> impl Fn() -> Pin<Box<dyn Future<Output = io::Result<(BoxReader, BoxWriter)>> + Send>> + Send + Sync
-{
+pub fn unix(path: impl Into<PathBuf>) -> impl Fn() -> Opening + Send + Sync {
     let path = path.into();
     move || {
         let path = path.clone();
@@ -172,10 +172,7 @@ pub fn unix(
 }
 
 /// A connector for [`Client::new`]: the guest with the vsock context id `cid`.
-pub fn vsock(
-    cid: u32,
-) -> impl Fn() -> Pin<Box<dyn Future<Output = io::Result<(BoxReader, BoxWriter)>> + Send>> + Send + Sync
-{
+pub fn vsock(cid: u32) -> impl Fn() -> Opening + Send + Sync {
     move || {
         Box::pin(async move {
             let (reader, writer) = vsock::connect(cid, VSOCK_PORT).await?.into_split();

@@ -154,7 +154,7 @@ impl SendBuffer {
             .min(max as u64)
             .min(end - offset) as usize;
         let stop = start + allowed;
-        let eof = self.closed && sent <= end && stop == self.kept.len() && !self.end_acked;
+        let eof = self.closed && sent <= end && stop == self.kept.len();
         if allowed == 0 && !eof {
             return None;
         }
@@ -266,5 +266,110 @@ impl RecvBuffer {
     pub fn room(&self) -> u32 {
         // queued <= window, a u32.
         self.window - self.queued as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(buffer: &mut SendBuffer, max: usize) -> Option<(u64, Vec<u8>, bool)> {
+        buffer.next_piece(max).map(|piece| {
+            (
+                piece.offset,
+                [piece.data.0, piece.data.1].concat(),
+                piece.eof,
+            )
+        })
+    }
+
+    #[test]
+    fn nothing_is_sent_before_it_is_asked_for() {
+        let mut buffer = SendBuffer::new(0, 10);
+        assert_eq!(buffer.push(b"hello"), 5);
+        assert_eq!(piece(&mut buffer, 10), None);
+        assert_eq!(buffer.acknowledge(0, 3, true), Acked::Fine);
+        assert_eq!(piece(&mut buffer, 10), Some((0, b"hel".to_vec(), false)));
+        assert_eq!(piece(&mut buffer, 10), None, "no more room");
+        buffer.reset();
+        assert_eq!(buffer.acknowledge(2, 10, false), Acked::Fine);
+        assert_eq!(piece(&mut buffer, 10), None);
+    }
+
+    #[test]
+    fn the_end_is_sent_again_to_who_asks_again() {
+        let mut buffer = SendBuffer::new(0, 10);
+        buffer.push(b"hi");
+        buffer.close();
+        assert_eq!(buffer.push(b"more"), 0);
+        buffer.acknowledge(0, 10, true);
+        assert_eq!(piece(&mut buffer, 10), Some((0, b"hi".to_vec(), true)));
+        assert_eq!(piece(&mut buffer, 10), None);
+        assert_eq!(buffer.acknowledge(3, 0, false), Acked::Fine);
+        assert!(buffer.is_drained());
+        // A next host that knows the bytes, but not that they were all.
+        assert_eq!(buffer.acknowledge(2, 10, true), Acked::Fine);
+        assert_eq!(piece(&mut buffer, 10), Some((2, vec![], true)));
+        assert_eq!(buffer.acknowledge(3, 10, true), Acked::Fine);
+        assert_eq!(piece(&mut buffer, 10), None);
+    }
+
+    #[test]
+    fn what_was_acknowledged_or_never_written_cannot_be_asked_for() {
+        let mut buffer = SendBuffer::new(100, 10);
+        buffer.push(b"hello");
+        buffer.acknowledge(100, 10, true);
+        buffer.acknowledge(102, 10, false);
+        assert_eq!(buffer.acknowledge(101, 10, true), Acked::OutOfRange);
+        assert_eq!(buffer.acknowledge(106, 10, true), Acked::OutOfRange);
+        assert_eq!(
+            buffer.acknowledge(101, 10, false),
+            Acked::Fine,
+            "an old one that came late"
+        );
+        assert_eq!((buffer.base(), buffer.end(), buffer.room()), (102, 105, 7));
+    }
+
+    #[test]
+    fn bytes_arrive_once_whatever_comes_again() {
+        let mut buffer = RecvBuffer::new(10, 8);
+        assert_eq!(
+            buffer.arrive(10, Bytes::from_static(b"abc"), false),
+            Arrived::New
+        );
+        assert_eq!(
+            buffer.arrive(10, Bytes::from_static(b"abc"), false),
+            Arrived::Known
+        );
+        assert_eq!(
+            buffer.arrive(11, Bytes::from_static(b"bcde"), false),
+            Arrived::New
+        );
+        assert_eq!(
+            buffer.arrive(16, Bytes::from_static(b"g"), false),
+            Arrived::Gap
+        );
+        assert_eq!(
+            buffer.arrive(15, Bytes::from_static(b"0123"), false),
+            Arrived::Unasked
+        );
+        assert_eq!(buffer.room(), 3);
+        assert_eq!(buffer.pop(), Some((10, Bytes::from_static(b"abc"))));
+        assert_eq!(buffer.room(), 6);
+        assert_eq!(
+            buffer.arrive(13, Bytes::from_static(b"de"), true),
+            Arrived::New
+        );
+        assert_eq!(
+            buffer.arrive(13, Bytes::from_static(b"de"), true),
+            Arrived::Known
+        );
+        assert_eq!(
+            buffer.arrive(15, Bytes::from_static(b"f"), false),
+            Arrived::Unasked
+        );
+        assert_eq!((buffer.received(), buffer.is_finished()), (16, false));
+        assert_eq!(buffer.pop(), Some((13, Bytes::from_static(b"de"))));
+        assert!(buffer.is_finished());
     }
 }

@@ -94,6 +94,11 @@ struct Receiver {
 enum Turn {
     Data(StreamKey),
     Ack(StreamKey),
+    /// The last acknowledgement of a reader that is gone.
+    Done {
+        key: StreamKey,
+        offset: u64,
+    },
     Gone {
         key: StreamKey,
         first: u64,
@@ -316,6 +321,18 @@ impl Table {
                     let offset = receiver.done;
                     let limit = receiver.buffer.received() + u64::from(receiver.buffer.room());
                     let window = u32::try_from(limit.saturating_sub(offset)).unwrap_or(u32::MAX);
+                    frame::encode(
+                        &Frame::Ack {
+                            key,
+                            offset,
+                            window,
+                            resume,
+                        },
+                        out,
+                    );
+                }
+                Turn::Done { key, offset } => {
+                    let (window, resume) = (0, false);
                     frame::encode(
                         &Frame::Ack {
                             key,
@@ -549,13 +566,20 @@ impl Source {
 
 impl Drop for Source {
     fn drop(&mut self) {
-        let mut inner = self.table.lock();
-        if inner
-            .receivers
-            .get(&self.key)
-            .is_some_and(|r| Arc::ptr_eq(&r.changed, &self.changed))
-        {
-            inner.receivers.remove(&self.key);
+        let mut guard = self.table.lock();
+        let inner = &mut *guard;
+        let ours = |receiver: &Receiver| Arc::ptr_eq(&receiver.changed, &self.changed);
+        if !inner.receivers.get(&self.key).is_some_and(ours) {
+            return;
+        }
+        let Some(receiver) = inner.receivers.remove(&self.key) else {
+            return;
+        };
+        let is_its = |turn: &&mut Turn| matches!(turn, Turn::Ack(key) if *key == self.key);
+        if let Some(turn) = inner.turns.iter_mut().find(is_its) {
+            // What was acknowledged last is still told, before a next reader asks.
+            let (key, offset) = (self.key.clone(), receiver.done);
+            *turn = Turn::Done { key, offset };
         }
     }
 }
