@@ -1,1 +1,25 @@
-//! Placeholder.
+//! Runs a pod as ordinary containers, by an OCI runtime (runc, crun).
+//!
+//! ```text
+//! Containers (RuntimeHandler) --create--> Container (Instance): init, execs, pumps
+//!      |                                     |
+//!    choose: which OCI runtime            runtime: the only module that runs it
+//!                                            |
+//!                                         command: its argv and its errors (pure)
+//! ```
+//!
+//! Whatever the kernel does as well without the OCI runtime's process being started
+//! for it (signals, pids, stats, OOM events), is done directly.
+
+mod choose;
+mod command;
+mod console;
+mod container;
+mod facts;
+mod handler;
+mod process;
+mod rootfs;
+mod runtime;
+
+pub use choose::check;
+pub use handler::Containers;

@@ -1,0 +1,304 @@
+//! What is said to an OCI runtime, and how its answer is understood. Pure.
+//!
+//! The command line is the one that runc and crun share; nothing specified it, so
+//! runc's is the reference (`man/runc*.8.md`).
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+
+use dyad_runtime_handler::Error;
+use serde::Deserialize;
+
+/// What stands before the command.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Global<'a> {
+    /// Where the runtime keeps its state.
+    pub root: &'a Path,
+    /// Where it writes its errors, as JSON lines.
+    pub log: &'a Path,
+    /// Cgroups are made by systemd.
+    pub systemd_cgroup: bool,
+}
+
+/// One command.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Command<'a> {
+    Create {
+        id: &'a str,
+        bundle: &'a Path,
+        pid_file: &'a Path,
+        console_socket: Option<&'a Path>,
+    },
+    Start {
+        id: &'a str,
+    },
+    Exec {
+        id: &'a str,
+        process: &'a Path,
+        pid_file: &'a Path,
+        console_socket: Option<&'a Path>,
+    },
+    Pause {
+        id: &'a str,
+    },
+    Resume {
+        id: &'a str,
+    },
+    /// Reads the resources from its stdin.
+    Update {
+        id: &'a str,
+    },
+    /// Removes it whatever its state, and succeeds if there is none.
+    Delete {
+        id: &'a str,
+    },
+}
+
+impl Command<'_> {
+    /// Its word, for messages.
+    pub(crate) fn word(&self) -> &'static str {
+        match self {
+            Self::Create { .. } => "create",
+            Self::Start { .. } => "start",
+            Self::Exec { .. } => "exec",
+            Self::Pause { .. } => "pause",
+            Self::Resume { .. } => "resume",
+            Self::Update { .. } => "update",
+            Self::Delete { .. } => "delete",
+        }
+    }
+
+    /// The arguments, without the program.
+    pub(crate) fn argv(&self, global: Global<'_>) -> Vec<OsString> {
+        let mut argv = Argv::default();
+        argv.option("--root", global.root)
+            .option("--log", global.log)
+            .option("--log-format", "json");
+        if global.systemd_cgroup {
+            argv.word("--systemd-cgroup");
+        }
+        argv.word(self.word());
+        match self {
+            Self::Create {
+                id,
+                bundle,
+                pid_file,
+                console_socket,
+            } => {
+                argv.option("--bundle", bundle)
+                    .option("--pid-file", pid_file);
+                if let Some(socket) = console_socket {
+                    argv.option("--console-socket", socket);
+                }
+                argv.word(id);
+            }
+            Self::Exec {
+                id,
+                process,
+                pid_file,
+                console_socket,
+            } => {
+                argv.option("--process", process)
+                    .word("--detach")
+                    .option("--pid-file", pid_file);
+                if let Some(socket) = console_socket {
+                    argv.option("--console-socket", socket);
+                }
+                argv.word(id);
+            }
+            Self::Update { id } => {
+                argv.option("--resources", "-").word(id);
+            }
+            Self::Delete { id } => {
+                argv.word("--force").word(id);
+            }
+            Self::Start { id } | Self::Pause { id } | Self::Resume { id } => {
+                argv.word(id);
+            }
+        }
+        argv.0
+    }
+}
+
+#[derive(Default)]
+struct Argv(Vec<OsString>);
+
+impl Argv {
+    fn word(&mut self, word: impl AsRef<OsStr>) -> &mut Self {
+        self.0.push(word.as_ref().to_owned());
+        self
+    }
+
+    fn option(&mut self, name: &str, value: impl AsRef<OsStr>) -> &mut Self {
+        self.word(name).word(value)
+    }
+}
+
+/// The last error in the runtime's JSON log, which is the one it ended with.
+pub(crate) fn error_in_log(log: &str) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Line {
+        level: String,
+        msg: String,
+    }
+    log.lines()
+        .rev()
+        .filter_map(|line| serde_json::from_str::<Line>(line).ok())
+        .find(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic"))
+        .map(|line| line.msg)
+}
+
+/// The class of a runtime's refusal. It has nothing but English to tell it by; these
+/// are the few that the caller can act on, anything else is `Other`.
+pub(crate) fn classify(word: &str, name: &str, message: &str) -> Error {
+    let says = |text: &str| message.contains(text);
+    match word {
+        // runc 1.0 to 1.4; crun.
+        "create" if says("with given ID already exists") || says("` already exists") => {
+            Error::AlreadyExists(format!("container {name}"))
+        }
+        // An exec in one that has just ended, or is paused.
+        "exec"
+            if says("cannot exec in a stopped container")
+                || says("cannot exec in a paused container")
+                || says("is not running")
+                || says("is paused") =>
+        {
+            Error::FailedPrecondition(format!("exec in container {name}: {message}"))
+        }
+        _ if says("container does not exist") => Error::NotFound(format!("container {name}")),
+        // As containerd's own shim words it; people look for these words.
+        _ => Error::other(format!("OCI runtime {word} failed"), message.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(command: Command<'_>, systemd_cgroup: bool) -> String {
+        let global = Global {
+            root: Path::new("/run/dyad/oci/k8s.io"),
+            log: Path::new("/b/log"),
+            systemd_cgroup,
+        };
+        command
+            .argv(global)
+            .join(OsStr::new(" "))
+            .into_string()
+            .unwrap()
+    }
+
+    #[test]
+    fn command_lines() {
+        let id = "web";
+        let socket = Some(Path::new("/s"));
+        let (bundle, pid_file) = (Path::new("/b"), Path::new("/b/init.pid"));
+        let process = Path::new("/b/p.json");
+        let global = "--root /run/dyad/oci/k8s.io --log /b/log --log-format json";
+        for (command, expected) in [
+            (
+                Command::Create {
+                    id,
+                    bundle,
+                    pid_file,
+                    console_socket: None,
+                },
+                "create --bundle /b --pid-file /b/init.pid web",
+            ),
+            (
+                Command::Create {
+                    id,
+                    bundle,
+                    pid_file,
+                    console_socket: socket,
+                },
+                "create --bundle /b --pid-file /b/init.pid --console-socket /s web",
+            ),
+            (Command::Start { id }, "start web"),
+            (
+                Command::Exec {
+                    id,
+                    process,
+                    pid_file,
+                    console_socket: None,
+                },
+                "exec --process /b/p.json --detach --pid-file /b/init.pid web",
+            ),
+            (
+                Command::Exec {
+                    id,
+                    process,
+                    pid_file,
+                    console_socket: socket,
+                },
+                "exec --process /b/p.json --detach --pid-file /b/init.pid --console-socket /s web",
+            ),
+            (Command::Pause { id }, "pause web"),
+            (Command::Resume { id }, "resume web"),
+            (Command::Update { id }, "update --resources - web"),
+            (Command::Delete { id }, "delete --force web"),
+        ] {
+            assert_eq!(line(command, false), format!("{global} {expected}"));
+            assert_eq!(
+                line(command, true),
+                format!("{global} --systemd-cgroup {expected}")
+            );
+        }
+    }
+
+    #[test]
+    fn the_last_error_of_the_log_is_the_one() {
+        let log = r#"{"level":"warning","msg":"careful","time":"t"}
+{"level":"error","msg":"first","time":"t"}
+{"level":"error","msg":"runc create failed: unable to start container process: exec: \"x\": not found","time":"t"}
+{"level":"info","msg":"bye","time":"t"}
+"#;
+        assert_eq!(
+            error_in_log(log).unwrap(),
+            "runc create failed: unable to start container process: exec: \"x\": not found"
+        );
+    }
+
+    #[test]
+    fn a_log_without_an_error_or_without_sense_gives_none() {
+        for log in [
+            "",
+            "\n",
+            "panic: oh",
+            "{\"level\":\"error\"}",
+            "{\"level\":\"debug\",\"msg\":\"x\"}",
+        ] {
+            assert_eq!(error_in_log(log), None, "{log:?}");
+        }
+    }
+
+    #[test]
+    fn refusals_that_the_caller_can_act_on_keep_their_class() {
+        let class = |word, message| classify(word, "web", message);
+        assert!(matches!(
+            class("create", "container with given ID already exists"),
+            Error::AlreadyExists(_)
+        ));
+        assert!(matches!(
+            class("create", "container `web` already exists"),
+            Error::AlreadyExists(_)
+        ));
+        assert!(matches!(
+            class(
+                "exec",
+                "cannot exec in a paused container (use --ignore-paused to override)"
+            ),
+            Error::FailedPrecondition(_)
+        ));
+        assert!(matches!(
+            class("pause", "container does not exist"),
+            Error::NotFound(_)
+        ));
+        let other = class("create", "no such file: \"/x\" already exists not");
+        assert_eq!(
+            other.chain(),
+            "OCI runtime create failed: no such file: \"/x\" already exists not"
+        );
+    }
+}

@@ -1,0 +1,591 @@
+//! One container.
+//!
+//! ```text
+//!  create --> Created --start--> Started --exit--> (ended) --start--> made again, Started
+//!                |                  |                 |
+//!                +------------------+-----------------+--delete--> gone
+//! ```
+//! The driver orders the calls that change a container; reads and execs run beside
+//! them. The locks here are held only to look or to note, never while waiting.
+
+use std::collections::HashMap;
+use std::fs;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use dyad_runtime_handler::cgroup::{Cgroup, Hierarchies, OomWatch};
+use dyad_runtime_handler::error::{Context, Error, Result};
+use dyad_runtime_handler::handler::{EventSender, Instance, ProcessId};
+use dyad_runtime_handler::pump::{Ends, Pump};
+use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, RootMount, Stdio};
+use dyad_runtime_handler::stats::Stats;
+use oci_spec::runtime::Process as OciProcess;
+
+use crate::command::Command;
+use crate::console::ConsoleSocket;
+use crate::facts::Facts;
+use crate::process::{AtEnd, Gate, Process};
+use crate::rootfs;
+use crate::runtime::{Input, Made, Runtime, ShortLived};
+
+/// How long a killed process may take to end; one that waits for a dead disk takes
+/// for ever.
+const KILL_BOUND: Duration = Duration::from_secs(20);
+
+pub(crate) struct Container {
+    facts: Facts,
+    runtime: Runtime,
+    hierarchies: Arc<Hierarchies>,
+    events: EventSender,
+    /// `None` once deleted.
+    init: Mutex<Option<Init>>,
+    execs: Mutex<HashMap<String, Exec>>,
+}
+
+#[derive(Clone)]
+struct Init {
+    process: Arc<Process>,
+    cgroup: Option<Cgroup>,
+    started: bool,
+}
+
+enum Exec {
+    Added(Box<Added>),
+    Starting,
+    Started(Arc<Process>),
+    Failed,
+}
+
+/// An exec that waits to be started, and what it was told meanwhile.
+struct Added {
+    process: OciProcess,
+    stdio: Stdio,
+    size: Option<(u16, u16)>,
+    close_stdin: bool,
+}
+
+impl Container {
+    /// Mounts and creates; undoes both where it fails.
+    pub(crate) async fn create(
+        spec: ContainerSpec,
+        runtime: Runtime,
+        hierarchies: Arc<Hierarchies>,
+        events: EventSender,
+    ) -> Result<Self> {
+        let facts = Facts::new(&spec);
+        let ContainerSpec {
+            bundle,
+            rootfs: mounts,
+            stdio,
+            ..
+        } = spec;
+        runtime.prepare()?;
+        let container = Self {
+            facts,
+            runtime,
+            hierarchies,
+            events,
+            init: Mutex::new(None),
+            execs: Mutex::default(),
+        };
+        let target = bundle.join("rootfs");
+        rootfs::mount_all(&mounts, &target)?;
+        match container.make_init(stdio).await {
+            Ok(init) => *lock(&container.init) = Some(init),
+            Err(error) => {
+                container.undo_create(&error, &mounts).await;
+                return Err(error);
+            }
+        }
+        Ok(container)
+    }
+
+    async fn undo_create(&self, error: &Error, mounts: &[RootMount]) {
+        // What is there under this id is somebody else's.
+        if !matches!(error, Error::AlreadyExists(_)) {
+            if let Err(error) = self.delete_state().await {
+                log::warn!("{}: {}", self.facts.id, error.chain());
+            }
+        }
+        if !mounts.is_empty() {
+            if let Err(error) = rootfs::unmount_all(&self.facts.bundle.join("rootfs")) {
+                log::warn!("{}: {}", self.facts.id, error.chain());
+            }
+        }
+    }
+
+    /// Runs the OCI runtime's `create`.
+    async fn make_init(&self, stdio: Stdio) -> Result<Init> {
+        let facts = &self.facts;
+        let (made, pump) = self.make(stdio, facts.owner, None).await?;
+        let cgroup = self.cgroup_of(made.pid);
+        let oom = cgroup.as_ref().and_then(|cgroup| {
+            OomWatch::new(cgroup)
+                .inspect_err(|error| log::debug!("{}: no OOM events: {error}", facts.id))
+                .ok()
+        });
+        let kill = if facts.own_pid_namespace {
+            None
+        } else {
+            cgroup.clone()
+        };
+        let process = Process::new(
+            ProcessId::init(&facts.id),
+            made,
+            pump,
+            // One that is killed before its start has an end to tell, too.
+            Gate::Open,
+            AtEnd { oom, kill },
+            self.runtime.reaper(),
+            &self.events,
+        );
+        Ok(Init {
+            process: Arc::new(process),
+            cgroup,
+            started: false,
+        })
+    }
+
+    /// Has the OCI runtime make a process, with its pipes or its terminal: that of
+    /// `exec`, or init.
+    async fn make(
+        &self,
+        stdio: Stdio,
+        owner: (u32, u32),
+        exec: Option<&OciProcess>,
+    ) -> Result<(Made, Pump)> {
+        let facts = &self.facts;
+        let bundle = &facts.bundle;
+        let pid_file = ShortLived(bundle.join(self.runtime.unique("pid")));
+        let process_file = ShortLived(bundle.join(self.runtime.unique("process")));
+        if let Some(process) = exec {
+            let text = serde_json::to_vec(process).context(|| "write the OCI process".into())?;
+            fs::write(&process_file.0, text)
+                .context(|| format!("write {}", process_file.0.display()))?;
+        }
+        let socket = if stdio.terminal {
+            let name = self.runtime.unique("console");
+            let socket = ConsoleSocket::listen(bundle, &name);
+            Some(socket.context(|| format!("listen for the terminal in {}", bundle.display()))?)
+        } else {
+            None
+        };
+        let console_socket = socket.as_ref().map(ConsoleSocket::path);
+        let command = match exec {
+            None => Command::Create {
+                id: &facts.id,
+                bundle,
+                pid_file: &pid_file.0,
+                console_socket,
+            },
+            Some(_) => Command::Exec {
+                id: &facts.id,
+                process: &process_file.0,
+                pid_file: &pid_file.0,
+                console_socket,
+            },
+        };
+        let make = |ends| {
+            self.runtime.make(
+                command,
+                &facts.id,
+                facts.systemd_cgroup,
+                bundle,
+                ends,
+                &pid_file.0,
+            )
+        };
+        match &socket {
+            None => {
+                let (pump, ends) = Pump::pipes(stdio).context(|| "make stdio pipes".into())?;
+                if owner != (0, 0) {
+                    ends.chown(owner.0, owner.1)
+                        .context(|| format!("give stdio to user {}", owner.0))?;
+                }
+                Ok((make(ends).await?, pump))
+            }
+            Some(socket) => {
+                let made = make(Ends::default()).await?;
+                let pump = socket
+                    .receive()
+                    .and_then(|master| Pump::terminal(stdio, master));
+                match pump {
+                    Ok(pump) => Ok((made, pump)),
+                    Err(error) => {
+                        // Nobody else knows of it yet; an exec would run on for ever.
+                        let _ = self.runtime.reaper().kill(made.pid, libc::SIGKILL);
+                        Err(Error::other("receive the terminal", error))
+                    }
+                }
+            }
+        }
+    }
+
+    /// Init's cgroup: where it is, or where it was to be if it is dead already.
+    fn cgroup_of(&self, pid: u32) -> Option<Cgroup> {
+        let found = self.hierarchies.of_pid(pid);
+        let cgroup = match (&found, &self.facts.cgroups_path) {
+            (Err(Error::NotFound(_)), Some(path)) => self.hierarchies.at(path),
+            _ => found,
+        };
+        cgroup
+            .inspect_err(|error| log::debug!("{}: no cgroup: {}", self.facts.id, error.chain()))
+            .ok()
+    }
+
+    async fn run(&self, command: Command<'_>, input: Input) -> Result<()> {
+        let facts = &self.facts;
+        self.runtime
+            .run(
+                command,
+                &facts.id,
+                facts.systemd_cgroup,
+                &facts.bundle,
+                input,
+            )
+            .await
+    }
+
+    /// Removes the OCI runtime's state and the cgroup, of a container without processes.
+    async fn delete_state(&self) -> Result<()> {
+        self.run(Command::Delete { id: &self.facts.id }, Input::None)
+            .await
+    }
+
+    fn not_found(&self) -> Error {
+        Error::NotFound(format!("container {}", self.facts.id))
+    }
+
+    fn init(&self) -> Result<Init> {
+        lock(&self.init).clone().ok_or_else(|| self.not_found())
+    }
+
+    fn cgroup(&self) -> Result<Cgroup> {
+        self.init()?.cgroup.ok_or_else(|| {
+            Error::FailedPrecondition(format!("container {} has no cgroup", self.facts.id))
+        })
+    }
+
+    /// The process: init, or an exec that was started.
+    fn process(&self, exec: Option<&str>) -> Result<Arc<Process>> {
+        let Some(exec) = exec else {
+            return Ok(self.init()?.process);
+        };
+        match lock(&self.execs).get(exec) {
+            Some(Exec::Started(process)) => Ok(Arc::clone(process)),
+            _ => Err(self.exec_not_found(exec)),
+        }
+    }
+
+    fn exec_not_found(&self, exec: &str) -> Error {
+        Error::NotFound(ProcessId::exec(&self.facts.id, exec).to_string())
+    }
+
+    /// Does `note` to an exec that is not started yet; false: there is none such.
+    fn note(&self, exec: Option<&str>, note: impl FnOnce(&mut Added)) -> bool {
+        let mut execs = lock(&self.execs);
+        match exec.and_then(|exec| execs.get_mut(exec)) {
+            Some(Exec::Added(added)) => {
+                note(added);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Kills init, and what shares its cgroup where it would be left, and waits.
+    async fn kill(&self, init: &Init) -> Result<()> {
+        if init.process.exit().is_some() {
+            return Ok(());
+        }
+        match init.process.signal(libc::SIGKILL) {
+            Ok(()) => self.thaw(init),
+            // Reaped, and about to be told.
+            Err(Error::NotFound(_)) => {}
+            Err(error) => return Err(error),
+        }
+        if init.process.ended_within(KILL_BOUND).await {
+            return Ok(());
+        }
+        Err(Error::DeadlineExceeded(format!(
+            "container {}: process {} did not end {} s after SIGKILL",
+            self.facts.id,
+            init.process.pid,
+            KILL_BOUND.as_secs()
+        )))
+    }
+
+    /// v1 kills no frozen process.
+    fn thaw(&self, init: &Init) {
+        if let Some(cgroup) = init.cgroup.as_ref().filter(|cgroup| cgroup.is_frozen()) {
+            if let Err(error) = cgroup.thaw() {
+                log::warn!("{}: {}", self.facts.id, error.chain());
+            }
+        }
+    }
+
+    /// Starts the created init; kills it where that fails.
+    async fn start_init(&self, init: &Init) -> Result<()> {
+        let process = &init.process;
+        process.set_gate(Gate::Held);
+        let started = self
+            .runtime
+            .start(
+                &self.facts.id,
+                self.facts.systemd_cgroup,
+                &self.facts.bundle,
+                self.facts.has_start_hooks,
+                process.ended(),
+            )
+            .await;
+        if let Err(error) = started {
+            process.set_gate(Gate::Dropped);
+            if let Err(error) = self.kill(init).await {
+                log::warn!("{}", error.chain());
+            }
+            return Err(error);
+        }
+        process.set_gate(Gate::Open);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Instance for Container {
+    async fn start(&self, stdio: Option<Stdio>) -> Result<u32> {
+        let mut init = self.init()?;
+        if init.started {
+            if init.process.exit().is_none() {
+                return Ok(init.process.pid);
+            }
+            init.process.drain().await;
+            self.delete_state().await?;
+            init = self.make_init(stdio.unwrap_or_default()).await?;
+        } else if init.process.exit().is_some() {
+            return Err(Error::FailedPrecondition(format!(
+                "container {} ended before it was started",
+                self.facts.id
+            )));
+        }
+        init.started = true;
+        *lock(&self.init) = Some(init.clone());
+        self.start_init(&init).await?;
+        Ok(init.process.pid)
+    }
+
+    fn pid(&self) -> Option<u32> {
+        lock(&self.init).as_ref().map(|init| init.process.pid)
+    }
+
+    async fn signal(&self, exec: Option<&str>, signal: i32, all: bool) -> Result<()> {
+        let process = self.process(exec)?;
+        if exec.is_some() {
+            return process.signal(signal);
+        }
+        let init = self.init()?;
+        if process.exit().is_some() {
+            return Err(process.not_found());
+        }
+        match &init.cgroup {
+            Some(cgroup) if all => cgroup.signal_all(signal).await,
+            _ => {
+                process.signal(signal)?;
+                if signal == libc::SIGKILL {
+                    self.thaw(&init);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    async fn stop(&self, grace: Duration) -> Result<()> {
+        let init = self.init()?;
+        if init.process.exit().is_some() {
+            return Ok(());
+        }
+        match init.process.signal(self.facts.stop_signal) {
+            Ok(()) | Err(Error::NotFound(_)) => {}
+            Err(error) => return Err(error),
+        }
+        if init.process.ended_within(grace).await {
+            return Ok(());
+        }
+        self.kill(&init).await
+    }
+
+    async fn pause(&self) -> Result<()> {
+        self.run(Command::Pause { id: &self.facts.id }, Input::None)
+            .await
+    }
+
+    async fn resume(&self) -> Result<()> {
+        self.run(Command::Resume { id: &self.facts.id }, Input::None)
+            .await
+    }
+
+    async fn exec(&self, spec: ExecSpec) -> Result<()> {
+        self.init()?;
+        let mut execs = lock(&self.execs);
+        if execs.contains_key(&spec.exec_id) {
+            let id = ProcessId::exec(&self.facts.id, &spec.exec_id);
+            return Err(Error::AlreadyExists(id.to_string()));
+        }
+        let added = Added {
+            process: spec.process,
+            stdio: spec.stdio,
+            size: None,
+            close_stdin: false,
+        };
+        execs.insert(spec.exec_id, Exec::Added(Box::new(added)));
+        Ok(())
+    }
+
+    async fn start_exec(&self, exec_id: &str) -> Result<u32> {
+        let id = ProcessId::exec(&self.facts.id, exec_id);
+        if self.init()?.process.exit().is_some() {
+            return Err(Error::FailedPrecondition(format!(
+                "{id}: the container has ended"
+            )));
+        }
+        let added = {
+            let mut execs = lock(&self.execs);
+            let exec = execs
+                .get_mut(exec_id)
+                .ok_or_else(|| self.exec_not_found(exec_id))?;
+            match std::mem::replace(exec, Exec::Starting) {
+                Exec::Added(added) => added,
+                Exec::Started(process) => {
+                    let pid = process.pid;
+                    *exec = Exec::Started(process);
+                    return Ok(pid);
+                }
+                other => {
+                    *exec = other;
+                    return Err(Error::FailedPrecondition(format!(
+                        "{id}: its start is under way or has failed"
+                    )));
+                }
+            }
+        };
+        let user = added.process.user();
+        let owner = self.facts.ids.on_host(user.uid(), user.gid());
+        let made = self.make(added.stdio, owner, Some(&added.process)).await;
+        let (made, pump) = match made {
+            Ok(made) => made,
+            Err(error) => {
+                lock(&self.execs).insert(exec_id.to_owned(), Exec::Failed);
+                return Err(error);
+            }
+        };
+        let pid = made.pid;
+        if let Some((width, height)) = added.size {
+            if let Err(error) = pump.resize(width, height) {
+                log::debug!("{id}: resize: {error}");
+            }
+        }
+        if added.close_stdin {
+            pump.close_stdin();
+        }
+        let process = Process::new(
+            id,
+            made,
+            pump,
+            Gate::Open,
+            AtEnd::default(),
+            self.runtime.reaper(),
+            &self.events,
+        );
+        lock(&self.execs).insert(exec_id.to_owned(), Exec::Started(Arc::new(process)));
+        Ok(pid)
+    }
+
+    async fn delete_exec(&self, exec_id: &str) -> Result<()> {
+        let started = match lock(&self.execs).get(exec_id) {
+            None => return Err(self.exec_not_found(exec_id)),
+            Some(Exec::Starting) => None,
+            Some(Exec::Added(_) | Exec::Failed) => {
+                // Nothing runs, nothing drains.
+                Some(None)
+            }
+            Some(Exec::Started(process)) if process.exit().is_none() => None,
+            Some(Exec::Started(process)) => Some(Some(Arc::clone(process))),
+        };
+        let Some(ended) = started else {
+            return Err(Error::FailedPrecondition(format!(
+                "{}: it runs; kill it first",
+                ProcessId::exec(&self.facts.id, exec_id)
+            )));
+        };
+        if let Some(process) = ended {
+            process.drain().await;
+        }
+        lock(&self.execs).remove(exec_id);
+        Ok(())
+    }
+
+    async fn resize(&self, exec: Option<&str>, width: u16, height: u16) -> Result<()> {
+        if self.note(exec, |added| added.size = Some((width, height))) {
+            return Ok(());
+        }
+        let process = self.process(exec)?;
+        match process.pump.resize(width, height) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => Err(
+                Error::FailedPrecondition(format!("resize {}: it has no terminal", process.id())),
+            ),
+            other => other.context(|| format!("resize the terminal of {}", process.id())),
+        }
+    }
+
+    async fn close_stdin(&self, exec: Option<&str>) -> Result<()> {
+        if !self.note(exec, |added| added.close_stdin = true) {
+            self.process(exec)?.pump.close_stdin();
+        }
+        Ok(())
+    }
+
+    async fn pids(&self) -> Result<Vec<(u32, Option<String>)>> {
+        let init = self.init()?;
+        let pids = match &init.cgroup {
+            Some(cgroup) => cgroup.procs()?,
+            None if init.process.exit().is_none() => vec![init.process.pid],
+            None => Vec::new(),
+        };
+        let execs = lock(&self.execs);
+        let exec_of = |pid| {
+            execs.iter().find_map(|(id, exec)| match exec {
+                Exec::Started(process) if process.pid == pid => Some(id.clone()),
+                _ => None,
+            })
+        };
+        Ok(pids.into_iter().map(|pid| (pid, exec_of(pid))).collect())
+    }
+
+    async fn stats(&self) -> Result<Stats> {
+        self.cgroup()?.stats()
+    }
+
+    async fn update(&self, resources: &Resources) -> Result<()> {
+        let text =
+            serde_json::to_vec(&resources.linux).context(|| "write the OCI resources".into())?;
+        self.run(Command::Update { id: &self.facts.id }, Input::Text(text))
+            .await
+    }
+
+    async fn delete(&self) -> Result<()> {
+        let Some(init) = lock(&self.init).clone() else {
+            return Ok(());
+        };
+        self.kill(&init).await?;
+        init.process.drain().await;
+        self.delete_state().await?;
+        rootfs::unmount_all(&self.facts.bundle.join("rootfs"))?;
+        *lock(&self.init) = None;
+        lock(&self.execs).clear();
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,206 @@
+//! The handler: chooses the OCI runtime once, makes containers, cleans up after others.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use async_trait::async_trait;
+use dyad_runtime_handler::cgroup::{Hierarchies, is_systemd};
+use dyad_runtime_handler::config::{ContainerConfig, Kind};
+use dyad_runtime_handler::error::{Error, Result};
+use dyad_runtime_handler::handler::{ContainerRef, EventSender, Instance, RuntimeHandler};
+use dyad_runtime_handler::reaper::Reaper;
+use dyad_runtime_handler::spec::ContainerSpec;
+use serde::Deserialize;
+use tokio::sync::OnceCell;
+
+use crate::choose::{Need, choose};
+use crate::command::Command;
+use crate::container::Container;
+use crate::rootfs;
+use crate::runtime::{Input, Runtime};
+
+/// What runs containers of a spec whose version nobody knows any more.
+const OLDEST_SPEC: &str = "1.0.0";
+
+/// The container kind.
+pub struct Containers {
+    config: ContainerConfig,
+    oci_root: PathBuf,
+    reaper: Arc<Reaper>,
+    events: EventSender,
+    binary: OnceCell<PathBuf>,
+    hierarchies: OnceLock<Arc<Hierarchies>>,
+}
+
+impl Containers {
+    /// A handler that keeps the OCI runtime's state in `oci_root`, in a directory for
+    /// each containerd namespace, and sends its events to `events`. Runs nothing yet.
+    #[expect(clippy::new_ret_no_self, reason = "callers hold any kind of handler")]
+    pub fn new(
+        config: ContainerConfig,
+        oci_root: PathBuf,
+        reaper: Arc<Reaper>,
+        events: EventSender,
+    ) -> Arc<dyn RuntimeHandler> {
+        Arc::new(Self {
+            config,
+            oci_root,
+            reaper,
+            events,
+            binary: OnceCell::new(),
+            hierarchies: OnceLock::new(),
+        })
+    }
+
+    fn hierarchies(&self) -> Result<&Arc<Hierarchies>> {
+        if let Some(known) = self.hierarchies.get() {
+            return Ok(known);
+        }
+        let found = Arc::new(Hierarchies::of_host()?);
+        Ok(self.hierarchies.get_or_init(|| found))
+    }
+
+    async fn runtime(&self, containerd_namespace: &str, spec_version: &str) -> Result<Runtime> {
+        let need = Need::new(spec_version, self.hierarchies()?);
+        // Beside the state of the namespaces, whose names are not ours.
+        let cache = self.oci_root.with_file_name("oci-runtime.json");
+        let choose = || choose(&self.config, &need, &cache, &self.reaper);
+        let binary = self.binary.get_or_try_init(choose).await?;
+        Ok(Runtime::new(
+            binary.clone(),
+            self.oci_root.join(containerd_namespace),
+            Arc::clone(&self.reaper),
+        ))
+    }
+}
+
+#[async_trait]
+impl RuntimeHandler for Containers {
+    fn kind(&self) -> Kind {
+        Kind::Container
+    }
+
+    async fn create(&self, spec: ContainerSpec) -> Result<Arc<dyn Instance>> {
+        check_name("container id", &spec.id)?;
+        check_name("containerd namespace", &spec.containerd_namespace)?;
+        let runtime = self
+            .runtime(&spec.containerd_namespace, spec.oci.version())
+            .await?;
+        let hierarchies = Arc::clone(self.hierarchies()?);
+        let container = Container::create(spec, runtime, hierarchies, self.events.clone()).await?;
+        Ok(Arc::new(container))
+    }
+
+    async fn cleanup(&self, container: &ContainerRef) -> Result<()> {
+        check_name("container id", &container.id)?;
+        check_name("containerd namespace", &container.containerd_namespace)?;
+        let config = LeftConfig::read(&container.bundle);
+        let left = self.clean_processes(container, &config).await;
+        let mounted = rootfs::unmount_all(&container.bundle.join("rootfs"));
+        left.and(mounted)
+    }
+}
+
+impl Containers {
+    async fn clean_processes(&self, container: &ContainerRef, config: &LeftConfig) -> Result<()> {
+        let id = &container.id;
+        let cgroups_path = config.linux.cgroups_path.as_deref();
+        let cgroup = cgroups_path.and_then(|path| self.hierarchies().ok()?.at(path).ok());
+        // First all at once: the OCI runtime would kill init and look for its end every
+        // 100 ms.
+        if let Some(cgroup) = cgroup.as_ref().filter(|cgroup| cgroup.exists()) {
+            match cgroup.signal_all(libc::SIGKILL).await {
+                Ok(()) | Err(Error::NotFound(_)) => {}
+                Err(error) => log::warn!("{id}: {}", error.chain()),
+            }
+        }
+        let state = self.oci_root.join(&container.containerd_namespace).join(id);
+        if state.exists() {
+            let version = config.version.as_deref().unwrap_or(OLDEST_SPEC);
+            let runtime = self
+                .runtime(&container.containerd_namespace, version)
+                .await?;
+            let dir = if container.bundle.is_dir() {
+                container.bundle.clone()
+            } else {
+                runtime.root().to_owned()
+            };
+            let systemd = cgroups_path.is_some_and(is_systemd);
+            runtime
+                .run(Command::Delete { id }, id, systemd, &dir, Input::None)
+                .await?;
+        }
+        match cgroup {
+            Some(cgroup) => cgroup.remove().await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// What cleaning up wants from the bundle's `config.json`, where that can be read.
+#[derive(Debug, Default, Deserialize)]
+struct LeftConfig {
+    #[serde(rename = "ociVersion")]
+    version: Option<String>,
+    #[serde(default)]
+    linux: LeftLinux,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct LeftLinux {
+    #[serde(rename = "cgroupsPath")]
+    cgroups_path: Option<String>,
+}
+
+impl LeftConfig {
+    fn read(bundle: &Path) -> Self {
+        fs::read(bundle.join("config.json"))
+            .ok()
+            .and_then(|text| serde_json::from_slice(&text).ok())
+            .unwrap_or_default()
+    }
+}
+
+/// Names become file names.
+fn check_name(what: &str, name: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-' | '+');
+    if !name.is_empty() && name.chars().all(plain) && !name.chars().all(|c| c == '.') {
+        return Ok(());
+    }
+    Err(Error::InvalidArgument(format!(
+        "{what} {name:?}: must be made of letters, digits, '_', '.', '-' and '+'"
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_would_leave_its_directory_is_refused() {
+        for name in ["", ".", "..", "a/b", "../x", "a b", "ü", "a\0"] {
+            assert!(check_name("container id", name).is_err(), "{name:?}");
+        }
+        for name in ["a", "a.b", "k8s.io", "a-b_c+1", "..."] {
+            assert_eq!(check_name("x", name).is_ok(), name != "...", "{name:?}");
+        }
+    }
+
+    #[test]
+    fn what_can_not_be_read_of_a_left_bundle_is_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(LeftConfig::read(dir.path()).version.is_none());
+        let file = dir.path().join("config.json");
+        fs::write(&file, "{\"ociVersion\":").unwrap();
+        assert!(LeftConfig::read(dir.path()).version.is_none());
+        fs::write(
+            &file,
+            r#"{"ociVersion":"1.1.0","linux":{"cgroupsPath":"/a/b"}}"#,
+        )
+        .unwrap();
+        let config = LeftConfig::read(dir.path());
+        assert_eq!(config.version.as_deref(), Some("1.1.0"));
+        assert_eq!(config.linux.cgroups_path.as_deref(), Some("/a/b"));
+    }
+}

@@ -1,0 +1,376 @@
+//! The container's root file system: the snapshotter's mounts, put on the bundle.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use dyad_runtime_handler::error::{Context, Error, Result};
+use dyad_runtime_handler::spec::RootMount;
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+
+/// mount(2) takes one page of options, with the NUL at its end.
+const OPTIONS_MAX: usize = 4096 - 1;
+
+/// One call of mount(2), and what must follow it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Plan {
+    fstype: String,
+    source: String,
+    flags: MsFlags,
+    /// Set by a second call (`rprivate` …).
+    propagation: MsFlags,
+    data: String,
+    /// Where the relative paths in `data` begin, where it had to be shortened.
+    from: Option<PathBuf>,
+}
+
+/// Mounts all of `mounts` on `target`, in order; undoes those that succeeded when one
+/// fails.
+///
+/// # Errors
+/// `InvalidArgument` for an option that is not known here; what mount(2) says.
+pub(crate) fn mount_all(mounts: &[RootMount], target: &Path) -> Result<()> {
+    if mounts.is_empty() {
+        return Ok(());
+    }
+    match fs::create_dir(target) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(Error::other(format!("make {}", target.display()), error));
+        }
+        _ => {}
+    }
+    for (at, root) in mounts.iter().enumerate() {
+        let mounted = plan(root).and_then(|plan| {
+            apply(&plan, target).context(|| {
+                format!(
+                    "mount {} {} on {}",
+                    root.fstype,
+                    root.source,
+                    target.display()
+                )
+            })
+        });
+        if let Err(error) = mounted {
+            for _ in 0..at {
+                // The first error is the one to tell.
+                let _ = umount2(target, MntFlags::MNT_DETACH);
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+/// Unmounts whatever is on `target`, all layers of it. Nothing there: fine.
+///
+/// # Errors
+/// What umount(2) says.
+pub(crate) fn unmount_all(target: &Path) -> Result<()> {
+    let mut flags = MntFlags::UMOUNT_NOFOLLOW;
+    loop {
+        match umount2(target, flags) {
+            Ok(()) | Err(Errno::EINTR) => {}
+            // Not a mount point; not there.
+            Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
+            // Something is mounted below, or has a file open: the whole tree goes from
+            // here now, and from the kernel with its last user.
+            Err(Errno::EBUSY) if !flags.contains(MntFlags::MNT_DETACH) => {
+                flags |= MntFlags::MNT_DETACH;
+            }
+            Err(errno) => {
+                return Err(Error::other(format!("unmount {}", target.display()), errno));
+            }
+        }
+    }
+}
+
+fn plan(root: &RootMount) -> Result<Plan> {
+    let mut flags = MsFlags::empty();
+    let mut propagation = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in &root.options {
+        if let Some((flag, set)) = flag(option) {
+            flags.set(flag, set);
+        } else if let Some(kind) = propagation_flag(option) {
+            propagation = kind;
+        } else if option == "loop" || option.starts_with("uidmap=") || option.starts_with("gidmap=")
+        {
+            return Err(Error::InvalidArgument(format!(
+                "rootfs mount option {option:?} of {}: not supported; use a snapshotter that mounts directories (overlayfs, native)",
+                root.source
+            )));
+        } else {
+            data.push(option.as_str());
+        }
+    }
+    let bind = flags.contains(MsFlags::MS_BIND) || root.fstype == "bind";
+    flags.set(MsFlags::MS_BIND, bind);
+    let joined = data.join(",");
+    let (data, from) = if joined.len() <= OPTIONS_MAX {
+        (joined, None)
+    } else {
+        let shortened = shorten(&data)
+            .filter(|(shortened, _)| shortened.len() <= OPTIONS_MAX)
+            .ok_or_else(|| {
+                Error::InvalidArgument(format!(
+                    "rootfs mount of {}: {} bytes of options are more than mount(2) takes ({OPTIONS_MAX})",
+                    root.source,
+                    joined.len()
+                ))
+            })?;
+        (shortened.0, Some(shortened.1))
+    };
+    Ok(Plan {
+        fstype: root.fstype.clone(),
+        source: root.source.clone(),
+        flags,
+        propagation,
+        data,
+        from,
+    })
+}
+
+/// Makes an overlay's `lowerdir`s relative to the directory that all of them are in.
+fn shorten(options: &[&str]) -> Option<(String, PathBuf)> {
+    let lower = options
+        .iter()
+        .find_map(|option| option.strip_prefix("lowerdir="))?;
+    let dirs: Vec<&Path> = lower.split(':').map(Path::new).collect();
+    let mut common = dirs.first()?.parent()?.to_path_buf();
+    while !dirs.iter().all(|dir| {
+        dir.strip_prefix(&common)
+            .is_ok_and(|rest| rest != Path::new(""))
+    }) {
+        common = common.parent()?.to_path_buf();
+    }
+    let relative: Vec<_> = dirs
+        .iter()
+        .filter_map(|dir| dir.strip_prefix(&common).ok()?.to_str())
+        .collect();
+    let relative = format!("lowerdir={}", relative.join(":"));
+    let all: Vec<&str> = options
+        .iter()
+        .map(|option| {
+            if option.starts_with("lowerdir=") {
+                relative.as_str()
+            } else {
+                option
+            }
+        })
+        .collect();
+    Some((all.join(","), common))
+}
+
+fn apply(plan: &Plan, target: &Path) -> nix::Result<()> {
+    match &plan.from {
+        None => apply_here(plan, target)?,
+        // The working directory is the process's; a thread can have its own.
+        Some(from) => std::thread::scope(|scope| {
+            let there = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_FS)?;
+                nix::unistd::chdir(from.as_path())?;
+                apply_here(plan, target)
+            });
+            there.join().unwrap_or(Err(Errno::EIO))
+        })?,
+    }
+    let undo = |errno| {
+        let _ = umount2(target, MntFlags::MNT_DETACH);
+        errno
+    };
+    // A bind mount takes its flags only when mounted again.
+    let later = plan.flags & !(MsFlags::MS_BIND | MsFlags::MS_REC);
+    if plan.flags.contains(MsFlags::MS_BIND) && !later.is_empty() {
+        let again = plan.flags | MsFlags::MS_REMOUNT;
+        mount(None::<&str>, target, None::<&str>, again, None::<&str>).map_err(undo)?;
+    }
+    if !plan.propagation.is_empty() {
+        mount(
+            None::<&str>,
+            target,
+            None::<&str>,
+            plan.propagation,
+            None::<&str>,
+        )
+        .map_err(undo)?;
+    }
+    Ok(())
+}
+
+fn apply_here(plan: &Plan, target: &Path) -> nix::Result<()> {
+    let data = (!plan.data.is_empty()).then_some(plan.data.as_str());
+    mount(
+        Some(plan.source.as_str()),
+        target,
+        Some(plan.fstype.as_str()),
+        plan.flags,
+        data,
+    )
+}
+
+/// The flag that an option stands for (mount(8)), and whether it sets it.
+fn flag(option: &str) -> Option<(MsFlags, bool)> {
+    Some(match option {
+        "async" => (MsFlags::MS_SYNCHRONOUS, false),
+        "atime" => (MsFlags::MS_NOATIME, false),
+        "bind" => (MsFlags::MS_BIND, true),
+        "defaults" => (MsFlags::empty(), true),
+        "dev" => (MsFlags::MS_NODEV, false),
+        "diratime" => (MsFlags::MS_NODIRATIME, false),
+        "dirsync" => (MsFlags::MS_DIRSYNC, true),
+        "exec" => (MsFlags::MS_NOEXEC, false),
+        "mand" => (MsFlags::MS_MANDLOCK, true),
+        "noatime" => (MsFlags::MS_NOATIME, true),
+        "nodev" => (MsFlags::MS_NODEV, true),
+        "nodiratime" => (MsFlags::MS_NODIRATIME, true),
+        "noexec" => (MsFlags::MS_NOEXEC, true),
+        "nomand" => (MsFlags::MS_MANDLOCK, false),
+        "norelatime" => (MsFlags::MS_RELATIME, false),
+        "nostrictatime" => (MsFlags::MS_STRICTATIME, false),
+        "nosuid" => (MsFlags::MS_NOSUID, true),
+        "rbind" => (MsFlags::MS_BIND.union(MsFlags::MS_REC), true),
+        "relatime" => (MsFlags::MS_RELATIME, true),
+        "ro" => (MsFlags::MS_RDONLY, true),
+        "rw" => (MsFlags::MS_RDONLY, false),
+        "strictatime" => (MsFlags::MS_STRICTATIME, true),
+        "suid" => (MsFlags::MS_NOSUID, false),
+        "sync" => (MsFlags::MS_SYNCHRONOUS, true),
+        _ => return None,
+    })
+}
+
+fn propagation_flag(option: &str) -> Option<MsFlags> {
+    let recursive = |kind| MsFlags::MS_REC.union(kind);
+    Some(match option {
+        "private" => MsFlags::MS_PRIVATE,
+        "rprivate" => recursive(MsFlags::MS_PRIVATE),
+        "shared" => MsFlags::MS_SHARED,
+        "rshared" => recursive(MsFlags::MS_SHARED),
+        "slave" => MsFlags::MS_SLAVE,
+        "rslave" => recursive(MsFlags::MS_SLAVE),
+        "unbindable" => MsFlags::MS_UNBINDABLE,
+        "runbindable" => recursive(MsFlags::MS_UNBINDABLE),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn root(fstype: &str, options: &[&str]) -> RootMount {
+        RootMount {
+            fstype: fstype.into(),
+            source: "src".into(),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+        }
+    }
+
+    #[test]
+    fn flags_and_data_are_told_apart() {
+        let plan = plan(&root(
+            "overlay",
+            &[
+                "ro",
+                "nosuid",
+                "rslave",
+                "index=off",
+                "lowerdir=/a:/b",
+                "dev",
+            ],
+        ))
+        .unwrap();
+        assert_eq!(plan.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID);
+        assert_eq!(plan.propagation, MsFlags::MS_SLAVE | MsFlags::MS_REC);
+        assert_eq!(plan.data, "index=off,lowerdir=/a:/b");
+        assert_eq!(plan.from, None);
+    }
+
+    #[test]
+    fn a_bind_is_one_by_type_or_by_option() {
+        for (fstype, options, flags) in [
+            (
+                "bind",
+                &["rbind", "rw"][..],
+                MsFlags::MS_BIND | MsFlags::MS_REC,
+            ),
+            ("bind", &[], MsFlags::MS_BIND),
+            (
+                "none",
+                &["bind", "ro"],
+                MsFlags::MS_BIND | MsFlags::MS_RDONLY,
+            ),
+        ] {
+            assert_eq!(plan(&root(fstype, options)).unwrap().flags, flags);
+        }
+    }
+
+    #[test]
+    fn options_longer_than_a_page_become_relative() {
+        let dir = |n: usize| format!("/var/lib/containerd/snapshots/{n}/fs");
+        let lower: Vec<_> = (0..125).map(dir).collect();
+        let lower = format!("lowerdir={}", lower.join(":"));
+        let plan = plan(&root("overlay", &["upperdir=/u", &lower, "workdir=/w"])).unwrap();
+        assert_eq!(
+            plan.from,
+            Some(PathBuf::from("/var/lib/containerd/snapshots"))
+        );
+        assert!(plan.data.starts_with("upperdir=/u,lowerdir=0/fs:1/fs:"));
+        assert!(plan.data.ends_with(":124/fs,workdir=/w"));
+    }
+
+    #[test]
+    fn options_that_no_trick_shortens_are_refused_with_their_length() {
+        let long = "x".repeat(5000);
+        let error = plan(&root("overlay", &[&format!("lowerdir=/{long}:/b")])).unwrap_err();
+        assert!(error.to_string().contains("bytes of options"), "{error}");
+        assert!(plan(&root("ext4", &[&long])).is_err());
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_name() {
+        for option in ["loop", "uidmap=0:1:2", "gidmap=0:1:2"] {
+            let error = plan(&root("erofs", &[option])).unwrap_err();
+            assert!(error.to_string().contains(option), "{error}");
+        }
+    }
+
+    /// Needs root: mounts for real.
+    #[test]
+    fn an_overlay_of_very_many_layers_is_mounted_and_unmounted() {
+        let temp = tempfile::tempdir().unwrap();
+        // A tmpfs, because an overlay cannot lie upon another one's upper directory.
+        let base = temp.path().join("base");
+        let memory = RootMount {
+            fstype: "tmpfs".into(),
+            source: "tmpfs".into(),
+            options: vec!["nodev".into()],
+        };
+        mount_all(&[memory], &base).expect("mount a tmpfs: this test needs root");
+        let layers: Vec<_> = (0..110)
+            .map(|n| base.join(format!("a-rather-long-name-of-a-layer-{n}")))
+            .collect();
+        for (n, layer) in layers.iter().enumerate() {
+            fs::create_dir(layer).unwrap();
+            fs::write(layer.join(format!("file-{n}")), "").unwrap();
+        }
+        let target = temp.path().join("rootfs");
+        let lower: Vec<_> = layers.iter().map(|l| l.to_str().unwrap()).collect();
+        let overlay = RootMount {
+            fstype: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![format!("lowerdir={}", lower.join(":"))],
+        };
+        let mounted = mount_all(&[overlay], &target);
+        let seen = fs::read_dir(&target).map(Iterator::count);
+        let unmounted = unmount_all(&target).and_then(|()| unmount_all(&base));
+        mounted.unwrap();
+        assert_eq!(seen.unwrap(), 110);
+        unmounted.unwrap();
+        assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
+        unmount_all(&target).expect("again");
+        unmount_all(&temp.path().join("nothing")).expect("nothing there");
+    }
+}
