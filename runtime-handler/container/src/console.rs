@@ -71,12 +71,12 @@ impl ConsoleSocket {
             MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT,
         )?;
         for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(fds) = control {
-                if let Some(fd) = fds.first() {
-                    // SAFETY: the kernel has just made this descriptor for us (there is
-                    // room for one only), so nobody else owns it.
-                    return Ok(unsafe { OwnedFd::from_raw_fd(*fd) });
-                }
+            if let ControlMessageOwned::ScmRights(fds) = control
+                && let Some(fd) = fds.first()
+            {
+                // SAFETY: the kernel has just made this descriptor for us (there is
+                // room for one only), so nobody else owns it.
+                return Ok(unsafe { OwnedFd::from_raw_fd(*fd) });
             }
         }
         Err(io::Error::new(

@@ -103,15 +103,15 @@ impl Container {
 
     async fn undo_create(&self, error: &Error, mounts: &[RootMount]) {
         // What is there under this id is somebody else's.
-        if !matches!(error, Error::AlreadyExists(_)) {
-            if let Err(error) = self.delete_state().await {
-                log::warn!("{}: {}", self.facts.id, error.chain());
-            }
+        if !matches!(error, Error::AlreadyExists(_))
+            && let Err(error) = self.delete_state().await
+        {
+            log::warn!("{}: {}", self.facts.id, error.chain());
         }
-        if !mounts.is_empty() {
-            if let Err(error) = rootfs::unmount_all(&self.facts.bundle.join("rootfs")) {
-                log::warn!("{}: {}", self.facts.id, error.chain());
-            }
+        if !mounts.is_empty()
+            && let Err(error) = rootfs::unmount_all(&self.facts.bundle.join("rootfs"))
+        {
+            log::warn!("{}: {}", self.facts.id, error.chain());
         }
     }
 
@@ -318,10 +318,10 @@ impl Container {
 
     /// v1 kills no frozen process.
     fn thaw(&self, init: &Init) {
-        if let Some(cgroup) = init.cgroup.as_ref().filter(|cgroup| cgroup.is_frozen()) {
-            if let Err(error) = cgroup.thaw() {
-                log::warn!("{}: {}", self.facts.id, error.chain());
-            }
+        if let Some(cgroup) = init.cgroup.as_ref().filter(|cgroup| cgroup.is_frozen())
+            && let Err(error) = cgroup.thaw()
+        {
+            log::warn!("{}: {}", self.facts.id, error.chain());
         }
     }
 
@@ -479,10 +479,10 @@ impl Instance for Container {
             }
         };
         let pid = made.pid;
-        if let Some((width, height)) = added.size {
-            if let Err(error) = pump.resize(width, height) {
-                log::debug!("{id}: resize: {error}");
-            }
+        if let Some((width, height)) = added.size
+            && let Err(error) = pump.resize(width, height)
+        {
+            log::debug!("{id}: resize: {error}");
         }
         if added.close_stdin {
             pump.close_stdin();

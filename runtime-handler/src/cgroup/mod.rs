@@ -239,6 +239,18 @@ impl Cgroup {
         }
     }
 
+    /// Each controller with its directory: on v1 by name (on a hybrid host the v2 one under
+    /// `""`), on v2 one without a name.
+    pub fn controllers(&self) -> Vec<(&str, &Path)> {
+        match &self.dirs {
+            Dirs::V2(dir) => vec![(UNIFIED, dir.as_path())],
+            Dirs::V1(dirs) => dirs
+                .iter()
+                .map(|(controller, dir)| (controller.as_str(), dir.as_path()))
+                .collect(),
+        }
+    }
+
     fn dirs(&self) -> BTreeSet<&Path> {
         match &self.dirs {
             Dirs::V2(dir) => BTreeSet::from([dir.as_path()]),
