@@ -1,0 +1,165 @@
+//! Dyad's container kind beside containerd's own runc shim: the same pods, in turn.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use dyad_e2e::env::Env;
+use dyad_e2e::host::CGROUP_PARENT;
+
+use crate::cri::{
+    ContainerConfig, ContainerMetadata, Cri, ImageSpec, LinuxPodSandboxConfig, PodSandboxConfig,
+    PodSandboxMetadata,
+};
+use crate::table::{Row, milliseconds};
+
+/// The handlers measured; the first is the yardstick.
+const HANDLERS: [&str; 2] = ["runc", "dyad"];
+
+/// What is measured of each pod, with its unit.
+const MEASURES: [(&str, &str); 6] = [
+    ("CreatePod", "ms"),
+    ("CreateContainer", "ms"),
+    ("StartContainer", "ms"),
+    ("StopContainer", "ms"),
+    ("StopPod", "ms"),
+    ("shim PSS per pod", "MB"),
+];
+
+/// Measures `runs` pods of each.
+///
+/// # Errors
+/// A pod could not be run.
+pub async fn measure(env: &Env, cri: &mut Cri, runs: usize) -> Result<Vec<Row>> {
+    let mut samples: BTreeMap<(&str, &str), Vec<f64>> = BTreeMap::new();
+    // One of each goes unmeasured: caches fill.
+    for run in 0..=runs {
+        let mut order = HANDLERS;
+        // Neither is always the first.
+        if run % 2 == 1 {
+            order.reverse();
+        }
+        for handler in order {
+            let life = one_pod(env, cri, handler, run).await?;
+            if run > 0 {
+                for ((what, _), value) in MEASURES.iter().zip(life) {
+                    samples.entry((handler, what)).or_default().push(value);
+                }
+            }
+        }
+        eprintln!("containers: {run} of {runs}");
+    }
+    let mut of = |handler, what| samples.remove(&(handler, what)).unwrap_or_default();
+    Ok(MEASURES
+        .iter()
+        .map(|&(what, unit)| Row {
+            what: format!("{what}, container"),
+            unit,
+            against: "containerd-shim-runc-v2",
+            yardstick: of(HANDLERS[0], what),
+            dyad: of(HANDLERS[1], what),
+        })
+        .collect())
+}
+
+/// A pod of this name, with a cgroup as kubelet would name one.
+pub fn pod_config(env: &Env, name: &str) -> PodSandboxConfig {
+    PodSandboxConfig {
+        metadata: Some(PodSandboxMetadata {
+            name: name.to_owned(),
+            uid: name.to_owned(),
+            namespace: "default".into(),
+        }),
+        hostname: name.to_owned(),
+        log_directory: env.dir.join("log/pods").join(name).display().to_string(),
+        linux: Some(LinuxPodSandboxConfig {
+            cgroup_parent: format!("/{CGROUP_PARENT}/{name}"),
+        }),
+    }
+}
+
+/// A container that says `first` and waits for SIGTERM.
+pub fn container_config() -> ContainerConfig {
+    let script = "echo first; trap 'exit 0' TERM; sleep 100000 & wait";
+    ContainerConfig {
+        metadata: Some(ContainerMetadata {
+            name: "main".into(),
+        }),
+        image: Some(ImageSpec {
+            image: "dyad.test/busybox:1".into(),
+        }),
+        command: ["sh", "-c", script].map(str::to_owned).to_vec(),
+        log_path: "main.log".into(),
+    }
+}
+
+async fn one_pod(env: &Env, cri: &mut Cri, handler: &str, run: usize) -> Result<[f64; 6]> {
+    let name = format!("bench-{handler}-{run}");
+    let pod = pod_config(env, &name);
+    let start = Instant::now();
+    let pod_id = cri.run_pod(handler, &pod).await?;
+    let create_pod = start.elapsed();
+    let start = Instant::now();
+    let id = cri.create(&pod_id, &pod, &container_config()).await?;
+    let create = start.elapsed();
+    let start = Instant::now();
+    cri.start(&id).await?;
+    let start_container = start.elapsed();
+    said_first(env, &name).await?;
+    let pss = shim_pss_mb(&pod_id)?;
+    let start = Instant::now();
+    cri.stop(&id).await?;
+    let stop = start.elapsed();
+    let start = Instant::now();
+    cri.stop_pod(&pod_id).await?;
+    let stop_pod = start.elapsed();
+    cri.remove_pod(&pod_id).await?;
+    let ms = milliseconds;
+    Ok([
+        ms(create_pod),
+        ms(create),
+        ms(start_container),
+        ms(stop),
+        ms(stop_pod),
+        pss,
+    ])
+}
+
+/// Waits for the container's first line in its log; looks every half millisecond.
+///
+/// # Errors
+/// It did not come within two minutes.
+pub async fn said_first(env: &Env, pod: &str) -> Result<()> {
+    let log = env.dir.join("log/pods").join(pod).join("main.log");
+    let end = Instant::now() + Duration::from_secs(120);
+    while Instant::now() < end {
+        if fs::read_to_string(&log).is_ok_and(|text| text.contains("first")) {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_micros(500)).await;
+    }
+    bail!("{} holds no first line", log.display())
+}
+
+/// Proportional set size of the pod's shim processes.
+fn shim_pss_mb(pod_id: &str) -> Result<f64> {
+    let mut kilobytes = 0.0;
+    for entry in fs::read_dir("/proc").context("list processes")?.flatten() {
+        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let command = String::from_utf8_lossy(&command);
+        if !command.contains("containerd-shim-") || !command.contains(pod_id) {
+            continue;
+        }
+        let rollup = fs::read_to_string(entry.path().join("smaps_rollup")).unwrap_or_default();
+        let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
+        let number = line.and_then(|line| line.split_whitespace().next());
+        kilobytes += number
+            .and_then(|text| text.parse::<f64>().ok())
+            .unwrap_or(0.0);
+    }
+    if kilobytes == 0.0 {
+        bail!("no shim process carries the pod's id {pod_id}");
+    }
+    Ok(kilobytes / 1000.0)
+}

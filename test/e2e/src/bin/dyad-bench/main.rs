@@ -1,0 +1,97 @@
+//! The benchmark: Dyad beside what it is measured against, in one run, interleaved.
+//! `test/bench` runs it; its table is the one in the README.
+#![forbid(unsafe_code)]
+
+mod containers;
+mod cri;
+mod machines;
+mod table;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use dyad_e2e::env::{Build, Env, Version};
+
+/// Measures Dyad against containerd's own runc shim and against plain libvirt, and
+/// prints a Markdown table. Needs root. Takes about 5 minutes with the default counts.
+#[derive(Parser)]
+#[command(name = "test/bench")]
+struct Arguments {
+    /// How often the pods of the container kind are measured, per shim.
+    #[arg(long, default_value_t = 30)]
+    runs: usize,
+    /// How often the machine kind is measured, and the plain domain.
+    #[arg(long, default_value_t = 10)]
+    machine_runs: usize,
+    /// Scratch folder of the environment; it is taken down at the end.
+    #[arg(long, default_value = "/tmp/dyad-bench")]
+    dir: PathBuf,
+    /// Use the shim and the guest as they were built last.
+    #[arg(long)]
+    no_build: bool,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let build = if arguments.no_build {
+        Build::AsIs
+    } else {
+        Build::Fresh
+    };
+    let env = Env::up(Version::V2_3, &arguments.dir, build)?;
+    let result = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the async runtime")
+        .and_then(|runtime| runtime.block_on(measure(&env, &arguments)));
+    let down = env.down();
+    println!("{}", result?);
+    down
+}
+
+async fn measure(env: &Env, arguments: &Arguments) -> Result<String> {
+    let mut cri = cri::Cri::connect(&env.dir.join("containerd/containerd.sock")).await?;
+    let mut rows = Vec::new();
+    if arguments.runs > 0 {
+        rows.extend(containers::measure(env, &mut cri, arguments.runs).await?);
+    }
+    if arguments.machine_runs > 0 {
+        rows.extend(machines::measure(env, &mut cri, arguments.machine_runs).await?);
+    }
+    Ok(format!("{}\n{}", table::render(&rows), host_facts(env)?))
+}
+
+/// What the numbers depend on.
+fn host_facts(env: &Env) -> Result<String> {
+    let first_line = |program: PathBuf, args: &[&str]| -> String {
+        let mut command = std::process::Command::new(program);
+        dyad_e2e::command::run(command.args(args), b"", Duration::from_secs(20))
+            .map(|done| {
+                done.text()
+                    .lines()
+                    .next()
+                    .unwrap_or_default()
+                    .trim()
+                    .to_owned()
+            })
+            .unwrap_or_else(|error| format!("unknown ({error:#})"))
+    };
+    let cores = std::thread::available_parallelism().context("count the cores")?;
+    let containerd = first_line(env.program("containerd"), &["--version"]);
+    // "containerd github.com/containerd/containerd/v2 2.3.4 ..."
+    let containerd = containerd
+        .split(' ')
+        .nth(2)
+        .unwrap_or(&containerd)
+        .to_owned();
+    Ok(format!(
+        "Host: {cores} cores, kernel {}; containerd {containerd}, {}, {}, libvirt {}; accelerator {}.",
+        first_line("uname".into(), &["-r"]),
+        first_line(env.program("runc"), &["--version"]),
+        first_line("qemu-system-x86_64".into(), &["--version"]),
+        first_line("virsh".into(), &["--version"]),
+        machines::accelerator(env),
+    ))
+}
