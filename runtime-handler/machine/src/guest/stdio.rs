@@ -1,0 +1,147 @@
+//! Carries a guest process's stdio between the link's streams and containerd's FIFOs.
+//!
+//! Output is acknowledged once it is in the FIFO, so what a shim that dies had not yet
+//! written is sent to the next one.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dyad_agent_api::link::StreamError;
+use dyad_agent_api::link::host::{InputWriter, OutputReader};
+use dyad_runtime_handler::pump::Fd;
+use log::warn;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+
+/// What one read of stdin takes at most.
+const READ_BYTES: usize = 4096;
+
+/// The running streams of one process. Dropping it ends them at once.
+#[derive(Debug)]
+pub struct Pump {
+    close_stdin: Arc<Notify>,
+    /// How many outputs have not come to their end.
+    outputs: Arc<watch::Sender<usize>>,
+    tasks: JoinSet<()>,
+}
+
+impl Default for Pump {
+    fn default() -> Self {
+        Self {
+            close_stdin: Arc::default(),
+            outputs: Arc::new(watch::Sender::new(0)),
+            tasks: JoinSet::new(),
+        }
+    }
+}
+
+impl Pump {
+    /// Carries `fifo` to the process's stdin.
+    ///
+    /// # Errors
+    /// The FIFO cannot be polled.
+    pub fn feed(&mut self, fifo: OwnedFd, to: InputWriter) -> io::Result<()> {
+        let fifo = Fd::new(fifo)?;
+        let close = Arc::clone(&self.close_stdin);
+        self.tasks.spawn(async move {
+            if let Err(error) = feed(&fifo, &to, &close).await {
+                warn!("{} ends early: {error}", to.key());
+            }
+        });
+        Ok(())
+    }
+
+    /// Carries an output to `fifo`.
+    ///
+    /// # Errors
+    /// The FIFO cannot be polled.
+    pub fn copy(&mut self, from: OutputReader, fifo: OwnedFd) -> io::Result<()> {
+        let fifo = Fd::new(fifo)?;
+        let open = OpenOutput::new(Arc::clone(&self.outputs));
+        self.tasks.spawn(async move {
+            let _open = open;
+            copy(from, &fifo).await;
+        });
+        Ok(())
+    }
+
+    /// Hands over what the FIFO still holds, then closes the process's stdin.
+    pub fn close_stdin(&self) {
+        self.close_stdin.notify_one();
+    }
+
+    /// Waits until every output came to its end, at most `within`; returns whether.
+    pub async fn drained(&self, within: Duration) -> bool {
+        let mut outputs = self.outputs.subscribe();
+        let ended = outputs.wait_for(|open| *open == 0);
+        tokio::time::timeout(within, ended).await.is_ok()
+    }
+}
+
+/// Counts an output as open until dropped, however its task ends.
+struct OpenOutput(Arc<watch::Sender<usize>>);
+
+impl OpenOutput {
+    fn new(outputs: Arc<watch::Sender<usize>>) -> Self {
+        outputs.send_modify(|open| *open += 1);
+        Self(outputs)
+    }
+}
+
+impl Drop for OpenOutput {
+    fn drop(&mut self) {
+        self.0.send_modify(|open| *open -= 1);
+    }
+}
+
+/// Copies until the end of the stream. When nobody can take the bytes any more it goes
+/// on reading, so that the process neither blocks nor dies of what is not its fault.
+async fn copy(mut from: OutputReader, fifo: &Fd) {
+    let mut taken = true;
+    let mut end = 0;
+    loop {
+        match from.next().await {
+            Ok(Some(chunk)) => {
+                if taken && let Err(error) = fifo.write_all(&chunk.data).await {
+                    warn!("{} is dropped from here: {error}", from.key());
+                    taken = false;
+                }
+                end = chunk.end();
+                from.ack(end);
+            }
+            Ok(None) => return from.ack(end),
+            Err(error) => return warn!("{} ends early: {error}", from.key()),
+        }
+    }
+}
+
+/// Feeds the stream until the end of the FIFO, or until told to close.
+async fn feed(fifo: &Fd, to: &InputWriter, close: &Notify) -> Result<(), FeedError> {
+    let mut buffer = vec![0; READ_BYTES];
+    loop {
+        let count = tokio::select! {
+            biased;
+            count = fifo.read(&mut buffer) => count?,
+            () = close.notified() => break,
+        };
+        if count == 0 {
+            break;
+        }
+        to.write(&buffer[..count]).await?;
+    }
+    while let Some(count @ 1..) = fifo.try_read(&mut buffer)? {
+        to.write(&buffer[..count]).await?;
+    }
+    to.close();
+    Ok(())
+}
+
+#[derive(Debug, thiserror::Error)]
+enum FeedError {
+    #[error("read the FIFO: {0}")]
+    Read(#[from] io::Error),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+}

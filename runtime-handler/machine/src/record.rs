@@ -1,0 +1,228 @@
+//! What must be known to remove a machine whose shim is gone: `machine.json` in the
+//! machine's folder, written before anything else is made, removed after all else.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use dyad_runtime_handler::Error;
+use dyad_runtime_handler::error::{Context, Result};
+use log::warn;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::storage::apply::write_atomically;
+
+/// The format's version.
+const VERSION: u32 = 1;
+/// Namespace of machine UUIDs.
+const MACHINES: Uuid = Uuid::from_u128(0x6479_6164_0000_5000_8000_6d61_6368_696e);
+
+/// The machine of a pod: stable, so that making it twice makes one, and a crash leaves
+/// nothing unnamed.
+pub fn machine_uuid(containerd_namespace: &str, sandbox_id: &str) -> Uuid {
+    Uuid::new_v5(
+        &MACHINES,
+        format!("{containerd_namespace}/{sandbox_id}").as_bytes(),
+    )
+}
+
+/// A machine's traces on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    version: u32,
+    /// The machine.
+    pub uuid: Uuid,
+    /// Its pod.
+    pub sandbox_id: String,
+    /// Its pod's containerd namespace.
+    pub containerd_namespace: String,
+    /// The pod's network namespace.
+    pub netns: Option<PathBuf>,
+    /// The pod's interfaces and their taps.
+    pub taps: Vec<(String, String)>,
+    /// As in the sandbox's spec.
+    pub cgroups_path: Option<String>,
+}
+
+impl Record {
+    /// A machine of which nothing is made yet.
+    pub fn new(containerd_namespace: &str, sandbox_id: &str) -> Self {
+        Self {
+            version: VERSION,
+            uuid: machine_uuid(containerd_namespace, sandbox_id),
+            sandbox_id: sandbox_id.to_owned(),
+            containerd_namespace: containerd_namespace.to_owned(),
+            netns: None,
+            taps: Vec::new(),
+            cgroups_path: None,
+        }
+    }
+}
+
+/// Where a machine's files lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Folder {
+    /// Record, disks, console: on disk.
+    pub dir: PathBuf,
+    /// Sockets.
+    pub run_dir: PathBuf,
+}
+
+impl Folder {
+    /// The folder of a machine.
+    pub fn new(state_dir: &Path, cache_dir: &Path, uuid: Uuid) -> Self {
+        Self {
+            dir: cache_dir.join("machines").join(uuid.to_string()),
+            run_dir: state_dir.join("machines").join(uuid.to_string()),
+        }
+    }
+
+    /// The pod's writable disk.
+    pub fn disk(&self) -> PathBuf {
+        self.dir.join("disk.img")
+    }
+
+    /// What the guest says on its serial port.
+    pub fn console(&self) -> PathBuf {
+        self.dir.join("console.log")
+    }
+
+    /// The agent's channel.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.run_dir.join("agent.sock")
+    }
+
+    fn record(&self) -> PathBuf {
+        self.dir.join("machine.json")
+    }
+
+    /// Writes the record.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn save(&self, record: &Record) -> Result<()> {
+        let json = serde_json::to_vec_pretty(record).context(|| "write machine.json".into())?;
+        let path = self.record();
+        write_atomically(&path, &json).context(|| format!("write {}", path.display()))
+    }
+
+    /// Reads the record; `None`: there is none. One that cannot be read is kept aside
+    /// under another name, and what its file name alone tells must do.
+    ///
+    /// # Errors
+    /// The file is there but cannot be opened.
+    pub fn load(&self) -> Result<Option<Record>> {
+        let path = self.record();
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::other(format!("read {}", path.display()), error)),
+        };
+        match serde_json::from_slice::<Record>(&text) {
+            Ok(record) if record.version <= VERSION => Ok(Some(record)),
+            Ok(record) => {
+                warn!(
+                    "{}: version {} is newer than {VERSION}",
+                    path.display(),
+                    record.version
+                );
+                Ok(Some(record))
+            }
+            Err(error) => {
+                let aside = path.with_extension("json.damaged");
+                warn!("{}: {error}; kept as {}", path.display(), aside.display());
+                std::fs::rename(&path, &aside)
+                    .context(|| format!("keep {} aside", path.display()))?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether anything of the machine is on disk.
+    pub fn exists(&self) -> bool {
+        self.dir.exists() || self.run_dir.exists()
+    }
+
+    /// Removes both folders with all in them.
+    ///
+    /// # Errors
+    /// What could not be removed.
+    pub fn remove(&self) -> Result<()> {
+        for dir in [&self.run_dir, &self.dir] {
+            match std::fs::remove_dir_all(dir) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(Error::other(format!("remove {}", dir.display()), error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The console's last lines, for an error's text.
+    pub fn console_tail(&self, lines: usize) -> String {
+        let text = std::fs::read(self.console()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let all: Vec<&str> = text
+            .lines()
+            .map(str::trim_end)
+            .filter(|l| !l.is_empty())
+            .collect();
+        all[all.len().saturating_sub(lines)..].join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(dir: &Path) -> Folder {
+        Folder::new(
+            &dir.join("run"),
+            &dir.join("lib"),
+            machine_uuid("k8s.io", "s1"),
+        )
+    }
+
+    #[test]
+    fn a_pod_has_one_uuid_in_each_containerd_namespace() {
+        assert_eq!(machine_uuid("k8s.io", "s1"), machine_uuid("k8s.io", "s1"));
+        assert_ne!(machine_uuid("k8s.io", "s1"), machine_uuid("default", "s1"));
+        assert_ne!(machine_uuid("k8s.io", "s1"), machine_uuid("k8s.io", "s2"));
+    }
+
+    #[test]
+    fn a_record_is_read_as_it_was_written() {
+        let dir = tempfile::tempdir().expect("dir");
+        let folder = folder(dir.path());
+        assert_eq!(folder.load().expect("load"), None);
+        std::fs::create_dir_all(&folder.dir).expect("dir");
+        let mut record = Record::new("k8s.io", "s1");
+        record.taps.push(("eth0".into(), "dy1".into()));
+        folder.save(&record).expect("save");
+        assert_eq!(folder.load().expect("load"), Some(record));
+        folder.remove().expect("remove");
+        assert!(!folder.exists());
+        folder.remove().expect("removing nothing is fine");
+    }
+
+    #[test]
+    fn a_damaged_record_is_kept_aside() {
+        let dir = tempfile::tempdir().expect("dir");
+        let folder = folder(dir.path());
+        std::fs::create_dir_all(&folder.dir).expect("dir");
+        std::fs::write(folder.record(), "{\"version\":").expect("file");
+        assert_eq!(folder.load().expect("load"), None);
+        assert!(folder.dir.join("machine.json.damaged").exists());
+    }
+
+    #[test]
+    fn the_console_s_tail_has_its_last_lines() {
+        let dir = tempfile::tempdir().expect("dir");
+        let folder = folder(dir.path());
+        std::fs::create_dir_all(&folder.dir).expect("dir");
+        assert_eq!(folder.console_tail(2), "");
+        std::fs::write(folder.console(), "a\r\nb\r\n\r\nc\r\n").expect("file");
+        assert_eq!(folder.console_tail(2), "b\nc");
+    }
+}
