@@ -4,8 +4,9 @@ use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto/lifecycle.proto");
+    let out = std::env::var("OUT_DIR")?;
     Codegen::new()
-        .out_dir(std::env::var("OUT_DIR")?)
+        .out_dir(&out)
         .input("proto/lifecycle.proto")
         .include("proto")
         .rust_protobuf()
@@ -13,7 +14,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             async_all: true,
             ..Default::default()
         })
-        .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(true))
+        .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
         .run()?;
+    // The generator lists the messages only.
+    std::fs::write(
+        format!("{out}/mod.rs"),
+        "pub mod lifecycle;\npub mod lifecycle_ttrpc;\n",
+    )?;
     Ok(())
 }

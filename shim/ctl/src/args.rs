@@ -55,7 +55,8 @@ impl Options {
 
     /// How long a shim may take to do `change`; a machine may have to boot.
     pub fn change_timeout(&self, change: Change) -> Duration {
-        self.timeout.unwrap_or(Duration::from_secs(120) + change.grace())
+        self.timeout
+            .unwrap_or(Duration::from_secs(120) + change.grace())
     }
 }
 
@@ -158,14 +159,20 @@ mod tests {
 
     #[test]
     fn virtctls_words_are_understood() {
-        assert!(matches!(parse("dyadctl unpause web"), Ok(Command::Resume(_))));
+        assert!(matches!(
+            parse("dyadctl unpause web"),
+            Ok(Command::Resume(_))
+        ));
         assert!(matches!(
             parse("dyadctl soft-reboot web"),
             Ok(Command::Restart { force: false, .. })
         ));
         assert!(matches!(parse("dyadctl reset web"), Ok(Command::Reset(_))));
         for word in ["list", "ls", "ps"] {
-            assert!(matches!(parse(&format!("dyadctl {word}")), Ok(Command::List)));
+            assert!(matches!(
+                parse(&format!("dyadctl {word}")),
+                Ok(Command::List)
+            ));
         }
     }
 
@@ -174,9 +181,15 @@ mod tests {
         let Ok(Command::Stop { pod, grace }) = parse("dyadctl stop web/app --grace 1m") else {
             panic!("no stop");
         };
-        assert_eq!((pod.pod.pod.as_str(), pod.pod.container.as_deref()), ("web", Some("app")));
+        assert_eq!(
+            (pod.pod.pod.as_str(), pod.pod.container.as_deref()),
+            ("web", Some("app"))
+        );
         assert_eq!(grace, Some(Duration::from_secs(60)));
-        assert!(matches!(parse("dyadctl watch"), Ok(Command::Watch { pod: None })));
+        assert!(matches!(
+            parse("dyadctl watch"),
+            Ok(Command::Watch { pod: None })
+        ));
     }
 
     #[test]
@@ -186,7 +199,10 @@ mod tests {
             ("dyadctl pause a/b/c", ErrorKind::ValueValidation),
             ("dyadctl stop web --grace 25h", ErrorKind::ValueValidation),
             ("dyadctl stop web --grace -1s", ErrorKind::UnknownArgument),
-            ("dyadctl restart web --force --grace 1s", ErrorKind::ArgumentConflict),
+            (
+                "dyadctl restart web --force --grace 1s",
+                ErrorKind::ArgumentConflict,
+            ),
             ("dyadctl list --timeout 0", ErrorKind::ValueValidation),
             ("dyadctl list -o yaml", ErrorKind::InvalidValue),
             ("dyadctl frobnicate", ErrorKind::InvalidSubcommand),
@@ -207,8 +223,13 @@ mod tests {
     #[test]
     fn a_change_may_take_its_grace_and_a_boot() {
         let options = Cli::try_parse_from(["dyadctl", "list"]).unwrap().options;
-        let long = Change::Stop { grace: Some(Duration::from_secs(600)) };
+        let long = Change::Stop {
+            grace: Some(Duration::from_secs(600)),
+        };
         assert_eq!(options.change_timeout(long), Duration::from_secs(720));
-        assert_eq!(options.change_timeout(Change::Pause), Duration::from_secs(120));
+        assert_eq!(
+            options.change_timeout(Change::Pause),
+            Duration::from_secs(120)
+        );
     }
 }

@@ -48,9 +48,11 @@ impl Change {
     /// How much of the wait is grace.
     pub fn grace(self) -> Duration {
         match self {
-            Self::Stop { grace } | Self::Restart { force: false, grace } => {
-                grace.unwrap_or(DEFAULT_GRACE)
-            }
+            Self::Stop { grace }
+            | Self::Restart {
+                force: false,
+                grace,
+            } => grace.unwrap_or(DEFAULT_GRACE),
             Self::Pause | Self::Resume | Self::Start | Self::Restart { force: true, .. } => {
                 Duration::ZERO
             }
@@ -73,10 +75,14 @@ impl Client {
     pub async fn connect(socket: &Path, limit: Duration) -> Result<Self> {
         let context = || format!("connect to {}", socket.display());
         let stream = within(limit, context(), async {
-            UnixStream::connect(socket).await.map_err(|error| Error::unreachable(context(), error))
+            UnixStream::connect(socket)
+                .await
+                .map_err(|error| Error::unreachable(context(), error))
         })
         .await?;
-        let peer = stream.peer_cred().map_err(|error| Error::unreachable(context(), error))?;
+        let peer = stream
+            .peer_cred()
+            .map_err(|error| Error::unreachable(context(), error))?;
         if peer.uid() != 0 && peer.uid() != Uid::effective().as_raw() {
             let text = format!("a process of user {} listens there", peer.uid());
             return Err(Error::unreachable(context(), text));
@@ -95,10 +101,14 @@ impl Client {
     pub async fn state(&self, limit: Duration) -> Result<Pod> {
         let context = ttrpc::context::Context::default();
         within(limit, self.asked("State"), async {
-            self.rpc.state(context, &StateRequest::new()).await.map(pod).map_err(|error| {
-                // A shim that does not serve State is none of ours, or not of this age.
-                Error::unreachable(self.asked("State"), reason(error).1)
-            })
+            self.rpc
+                .state(context, &StateRequest::new())
+                .await
+                .map(pod)
+                .map_err(|error| {
+                    // A shim that does not serve State is none of ours, or not of this age.
+                    Error::unreachable(self.asked("State"), reason(error).1)
+                })
         })
         .await
     }
@@ -118,12 +128,21 @@ impl Client {
         let rpc = &self.rpc;
         let (name, answer) = match change {
             Change::Pause => {
-                let request = PauseRequest { target, special_fields };
+                let request = PauseRequest {
+                    target,
+                    special_fields,
+                };
                 ("Pause", timeout(limit, rpc.pause(context, &request)).await)
             }
             Change::Resume => {
-                let request = ResumeRequest { target, special_fields };
-                ("Resume", timeout(limit, rpc.resume(context, &request)).await)
+                let request = ResumeRequest {
+                    target,
+                    special_fields,
+                };
+                (
+                    "Resume",
+                    timeout(limit, rpc.resume(context, &request)).await,
+                )
             }
             Change::Stop { grace } => {
                 let request = StopRequest {
@@ -134,7 +153,10 @@ impl Client {
                 ("Stop", timeout(limit, rpc.stop(context, &request)).await)
             }
             Change::Start => {
-                let request = StartRequest { target, special_fields };
+                let request = StartRequest {
+                    target,
+                    special_fields,
+                };
                 ("Start", timeout(limit, rpc.start(context, &request)).await)
             }
             Change::Restart { force, grace } => {
@@ -144,14 +166,20 @@ impl Client {
                     grace_ms: grace.map(milliseconds),
                     special_fields,
                 };
-                ("Restart", timeout(limit, rpc.restart(context, &request)).await)
+                (
+                    "Restart",
+                    timeout(limit, rpc.restart(context, &request)).await,
+                )
             }
         };
         match answer {
             Ok(answer) => answer.map(pod).map_err(|error| self.error(name, error)),
             Err(_) => Err(Error::unreachable(
                 self.asked(name),
-                format!("no answer within {}; it may still be at work, see dyadctl state", human(limit)),
+                format!(
+                    "no answer within {}; it may still be at work, see dyadctl state",
+                    human(limit)
+                ),
             )),
         }
     }
@@ -163,7 +191,10 @@ impl Client {
     pub async fn watch(&self) -> Result<Transitions> {
         let context = ttrpc::context::Context::default();
         match self.rpc.watch(context, &WatchRequest::new()).await {
-            Ok(stream) => Ok(Transitions { stream, asked: self.asked("Watch") }),
+            Ok(stream) => Ok(Transitions {
+                stream,
+                asked: self.asked("Watch"),
+            }),
             Err(error) => Err(self.error("Watch", error)),
         }
     }
@@ -175,11 +206,18 @@ impl Client {
     /// As the shim answers.
     pub async fn console(&self) -> Result<(ConsoleWriter, ConsoleReader)> {
         let context = ttrpc::context::Context::default();
-        let stream = self.rpc.console(context).await.map_err(|error| self.error("Console", error))?;
+        let stream = self
+            .rpc
+            .console(context)
+            .await
+            .map_err(|error| self.error("Console", error))?;
         let (sender, receiver) = stream.split();
         let asked = self.asked("Console");
         Ok((
-            ConsoleWriter { sender, asked: asked.clone() },
+            ConsoleWriter {
+                sender,
+                asked: asked.clone(),
+            },
             ConsoleReader { receiver, asked },
         ))
     }
@@ -231,8 +269,14 @@ impl ConsoleWriter {
     /// # Errors
     /// As the shim answers; the reader tells more.
     pub async fn write(&self, data: Vec<u8>) -> Result<()> {
-        let data = ConsoleData { data, ..ConsoleData::default() };
-        self.sender.send(&data).await.map_err(|error| classify(self.asked.clone(), error))
+        let data = ConsoleData {
+            data,
+            ..ConsoleData::default()
+        };
+        self.sender
+            .send(&data)
+            .await
+            .map_err(|error| classify(self.asked.clone(), error))
     }
 
     /// Nothing more will be sent.
@@ -240,7 +284,10 @@ impl ConsoleWriter {
     /// # Errors
     /// As the shim answers.
     pub async fn close(&self) -> Result<()> {
-        self.sender.close_send().await.map_err(|error| classify(self.asked.clone(), error))
+        self.sender
+            .close_send()
+            .await
+            .map_err(|error| classify(self.asked.clone(), error))
     }
 }
 
@@ -271,7 +318,10 @@ async fn within<T>(
 ) -> Result<T> {
     match timeout(limit, work).await {
         Ok(result) => result,
-        Err(_) => Err(Error::unreachable(asked, format!("no answer within {}", human(limit)))),
+        Err(_) => Err(Error::unreachable(
+            asked,
+            format!("no answer within {}", human(limit)),
+        )),
     }
 }
 
@@ -365,7 +415,10 @@ fn pod(wire: StateResponse) -> Pod {
             memory_bytes: machine.memory_bytes,
             kernel_release: machine.kernel_release,
         }),
-        shim: ShimProcess { pid: wire.shim_pid, version: wire.shim_version },
+        shim: ShimProcess {
+            pid: wire.shim_pid,
+            version: wire.shim_version,
+        },
     }
 }
 
@@ -384,12 +437,19 @@ mod tests {
             (Code::UNAVAILABLE, 1),
             (Code::INTERNAL, 1),
         ] {
-            let status = ttrpc::Error::RpcStatus(ttrpc::get_status(code, "paused; resume it first"));
+            let status =
+                ttrpc::Error::RpcStatus(ttrpc::get_status(code, "paused; resume it first"));
             let error = classify("ask Stop of /s".into(), status);
             assert_eq!(error.exit_code(), exit, "{code:?}");
-            assert!(error.chain().contains("paused; resume it first"), "{error:?}");
+            assert!(
+                error.chain().contains("paused; resume it first"),
+                "{error:?}"
+            );
         }
-        assert_eq!(classify("x".into(), ttrpc::Error::RemoteClosed).exit_code(), 5);
+        assert_eq!(
+            classify("x".into(), ttrpc::Error::RemoteClosed).exit_code(),
+            5
+        );
     }
 
     #[test]

@@ -37,7 +37,6 @@ pub struct Place {
 
 /// Why an address file does not lead to a shim.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub enum AddressError {
     #[error("its address file cannot be read")]
     Read(#[source] io::Error),
@@ -104,7 +103,11 @@ fn read_address(file: &Path) -> Result<Option<PathBuf>, AddressError> {
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     // What open(2) says of a link under O_NOFOLLOW, and of a socket.
     let not_a_file = [Errno::ELOOP, Errno::ENXIO].map(|errno| Some(errno as i32));
-    let mut open = match OpenOptions::new().read(true).custom_flags(flags.bits()).open(file) {
+    let mut open = match OpenOptions::new()
+        .read(true)
+        .custom_flags(flags.bits())
+        .open(file)
+    {
         Ok(open) => open,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) if not_a_file.contains(&error.raw_os_error()) => {
@@ -168,13 +171,22 @@ mod tests {
         let found: Vec<_> = scan(root.path())
             .unwrap()
             .into_iter()
-            .map(|place| (place.containerd_namespace, place.sandbox_id, place.socket.unwrap()))
+            .map(|place| {
+                (
+                    place.containerd_namespace,
+                    place.sandbox_id,
+                    place.socket.unwrap(),
+                )
+            })
             .collect();
         let socket = PathBuf::from("/run/s");
         assert_eq!(
             found,
-            [("k8s.io", "a"), ("k8s.io", "c"), ("moby", "b")]
-                .map(|(namespace, id)| (namespace.to_owned(), id.to_owned(), socket.clone()))
+            [("k8s.io", "a"), ("k8s.io", "c"), ("moby", "b")].map(|(namespace, id)| (
+                namespace.to_owned(),
+                id.to_owned(),
+                socket.clone()
+            ))
         );
     }
 
@@ -209,8 +221,7 @@ mod tests {
         symlink(&target, place(root.path(), "link")).unwrap();
         nix::unistd::mkfifo(&place(root.path(), "fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         fs::create_dir(place(root.path(), "dir")).unwrap();
-        let _socket =
-            std::os::unix::net::UnixListener::bind(place(root.path(), "socket")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(place(root.path(), "socket")).unwrap();
         fs::write(place(root.path(), "huge"), "unix:///".repeat(1 << 20)).unwrap();
         let found = scan(root.path()).unwrap();
         assert_eq!(found.len(), 5);
@@ -229,9 +240,20 @@ mod tests {
         assert_eq!(parse_address(b"unix:///a\n").unwrap(), Path::new("/a"));
         let long = format!("unix:///{}", "a".repeat(107));
         for text in [
-            "", "\n", "unix:///a\n\n", "unix:///a\nunix:///b", "unix://a", "unix://@abstract",
-            "unix://", "/a", "tcp://127.0.0.1:1", "vsock://2:1", "unix:///a\0b", "unix:///\u{1b}[2J",
-            " unix:///a", &long,
+            "",
+            "\n",
+            "unix:///a\n\n",
+            "unix:///a\nunix:///b",
+            "unix://a",
+            "unix://@abstract",
+            "unix://",
+            "/a",
+            "tcp://127.0.0.1:1",
+            "vsock://2:1",
+            "unix:///a\0b",
+            "unix:///\u{1b}[2J",
+            " unix:///a",
+            &long,
         ] {
             assert!(parse_address(text.as_bytes()).is_err(), "{text:?}");
         }

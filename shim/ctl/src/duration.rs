@@ -36,7 +36,9 @@ pub fn parse(text: &str) -> Result<Duration, String> {
         last_unit = unit_ms;
         let number: u64 = number.parse().map_err(|_| wrong())?;
         let part = number.checked_mul(unit_ms).ok_or_else(wrong)?;
-        total = total.checked_add(Duration::from_millis(part)).ok_or_else(wrong)?;
+        total = total
+            .checked_add(Duration::from_millis(part))
+            .ok_or_else(wrong)?;
         rest = after;
     }
     if last_unit == u64::MAX {
@@ -103,8 +105,22 @@ mod tests {
     #[test]
     fn what_is_no_duration_is_refused_with_an_example() {
         for text in [
-            "", "s", "ms", "1x", "-1s", "1.5s", "30 s", "1s1m", "1s1s", "1d", " 1s", "1s ", "1sm",
-            "99999999999999999999", "99999999999999999h", "∞",
+            "",
+            "s",
+            "ms",
+            "1x",
+            "-1s",
+            "1.5s",
+            "30 s",
+            "1s1m",
+            "1s1s",
+            "1d",
+            " 1s",
+            "1s ",
+            "1sm",
+            "99999999999999999999",
+            "99999999999999999h",
+            "∞",
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains("30s"), "{text}: {error}");

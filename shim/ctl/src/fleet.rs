@@ -142,7 +142,10 @@ mod tests {
         let names: Vec<_> = fleet.pods.iter().map(|(_, pod)| pod.label()).collect();
         assert_eq!(names, ["default/db", "default/web"]);
         let (place, named) = fleet.find(&"db".parse().unwrap(), None).unwrap();
-        assert_eq!((place.sandbox_id.as_str(), named.container_id()), ("2bbb", ""));
+        assert_eq!(
+            (place.sandbox_id.as_str(), named.container_id()),
+            ("2bbb", "")
+        );
     }
 
     #[tokio::test]
@@ -181,10 +184,16 @@ mod tests {
             state.write_address(&dir, &dir.join("s"));
         }
         let begun = Instant::now();
-        let fleet = Fleet::ask(state.path(), Duration::from_millis(300)).await.unwrap();
+        let fleet = Fleet::ask(state.path(), Duration::from_millis(300))
+            .await
+            .unwrap();
         assert_eq!(fleet.silent.len(), 20);
         assert!(fleet.silent[0].1.chain().contains("no answer within 300ms"));
-        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            begun.elapsed()
+        );
     }
 
     #[tokio::test]

@@ -9,7 +9,6 @@ use serde::{Serialize, Serializer};
 /// The true state of a task; `unknown` is one that a newer shim has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-#[expect(missing_docs, reason = "lifecycle.proto says what each is")]
 pub enum TaskState {
     Unknown,
     Created,
@@ -56,7 +55,9 @@ impl Time {
     /// How long ago; nothing where it is not known.
     pub fn elapsed(self) -> Option<std::time::Duration> {
         (self.0 != 0).then(|| {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let now = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default();
             now.saturating_sub(std::time::Duration::from_nanos(self.0))
         })
     }
@@ -73,7 +74,11 @@ impl std::fmt::Display for Time {
         let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
         let month_shifted = (5 * day_of_year + 2) / 153;
         let day = day_of_year - (153 * month_shifted + 2) / 5 + 1;
-        let month = if month_shifted < 10 { month_shifted + 3 } else { month_shifted - 9 };
+        let month = if month_shifted < 10 {
+            month_shifted + 3
+        } else {
+            month_shifted - 9
+        };
         let year = year_of_era + era * 400 + u64::from(month <= 2);
         let (hour, minute, second) = (seconds % 86_400 / 3600, seconds % 3600 / 60, seconds % 60);
         write!(
@@ -128,7 +133,6 @@ impl Task {
 
 /// The pod's machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[expect(missing_docs, reason = "lifecycle.proto says what each is")]
 pub struct Machine {
     pub uuid: String,
     pub domain: String,
@@ -141,7 +145,6 @@ pub struct Machine {
 
 /// The process that answers for the pod.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[expect(missing_docs, reason = "they are what they are called")]
 pub struct ShimProcess {
     pub pid: u32,
     pub version: String,
@@ -149,7 +152,6 @@ pub struct ShimProcess {
 
 /// A pod as its shim describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(missing_docs, reason = "lifecycle.proto says what each is")]
 pub struct Pod {
     pub containerd_namespace: String,
     pub sandbox_id: String,
@@ -241,7 +243,6 @@ impl Serialize for Pod {
 
 /// A task that changed its state.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(missing_docs, reason = "lifecycle.proto says what each is")]
 pub struct Transition {
     pub sequence: u64,
     pub time: Time,
@@ -303,7 +304,10 @@ pub mod tests {
         assert_eq!(of(&[]), "running");
         assert_eq!(of(&[TaskState::Exited]), "running");
         assert_eq!(of(&[TaskState::Paused, TaskState::Exited]), "paused");
-        assert_eq!(of(&[TaskState::Running, TaskState::Stopped]), "running,stopped");
+        assert_eq!(
+            of(&[TaskState::Running, TaskState::Stopped]),
+            "running,stopped"
+        );
         let mut over = pod("p", "p", vec![task("c", "c", TaskState::Running)]);
         over.tasks[0].state = TaskState::Migrated;
         assert_eq!(over.summary(), "migrated");
@@ -323,7 +327,13 @@ pub mod tests {
         });
         let json = serde_json::to_value(&pod).unwrap();
         let keys = |value: &serde_json::Value| {
-            value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ")
+            value
+                .as_object()
+                .unwrap()
+                .keys()
+                .cloned()
+                .collect::<Vec<_>>()
+                .join(" ")
         };
         assert_eq!(
             keys(&json),

@@ -155,12 +155,24 @@ fn collect<'a>(
     matches: fn(&str, &str) -> bool,
     into: &mut Vec<Named<'a>>,
 ) {
-    if [&pod.pod_name, &pod.pod_uid, &pod.sandbox_id].iter().any(|name| matches(name, word)) {
-        into.push(Named { pod, container: None });
+    if [&pod.pod_name, &pod.pod_uid, &pod.sandbox_id]
+        .iter()
+        .any(|name| matches(name, word))
+    {
+        into.push(Named {
+            pod,
+            container: None,
+        });
         return;
     }
-    for task in pod.containers().filter(|task| matches(&task.container_id, word)) {
-        into.push(Named { pod, container: Some(task) });
+    for task in pod
+        .containers()
+        .filter(|task| matches(&task.container_id, word))
+    {
+        into.push(Named {
+            pod,
+            container: Some(task),
+        });
     }
 }
 
@@ -178,7 +190,10 @@ fn one<'a>(mut named: Vec<Named<'a>>, lost: &[&Silent], word: &str) -> Result<Na
     }
     let mut candidates: Vec<_> = named.iter().map(Named::describe).collect();
     candidates.extend(lost.iter().map(|lost| {
-        format!("sandbox {} (its shim does not answer)", short(&lost.sandbox_id))
+        format!(
+            "sandbox {} (its shim does not answer)",
+            short(&lost.sandbox_id)
+        )
     }));
     Err(ambiguous(word, &candidates))
 }
@@ -207,11 +222,22 @@ fn within<'a>(named: Named<'a>, word: &str) -> Result<Named<'a>> {
         }
         match found.as_slice() {
             [] => {}
-            [task] => return Ok(Named { pod, container: Some(*task) }),
+            [task] => {
+                return Ok(Named {
+                    pod,
+                    container: Some(*task),
+                });
+            }
             several => {
                 let candidates: Vec<_> = several
                     .iter()
-                    .map(|task| Named { pod, container: Some(*task) }.describe())
+                    .map(|task| {
+                        Named {
+                            pod,
+                            container: Some(*task),
+                        }
+                        .describe()
+                    })
                     .collect();
                 return Err(ambiguous(word, &candidates));
             }
@@ -251,8 +277,16 @@ mod tests {
                 ],
             ),
             other,
-            pod("3ccc", "database-0", vec![task("d1", "db", TaskState::Running)]),
-            pod("4ddd", "database-1", vec![task("d2", "db", TaskState::Running)]),
+            pod(
+                "3ccc",
+                "database-0",
+                vec![task("d1", "db", TaskState::Running)],
+            ),
+            pod(
+                "4ddd",
+                "database-1",
+                vec![task("d2", "db", TaskState::Running)],
+            ),
         ]
     }
 
@@ -263,20 +297,31 @@ mod tests {
     fn ask_in(pods: &[Pod], word: &str, namespace: Option<&str>) -> Result<(String, String)> {
         let pods: Vec<_> = pods.iter().collect();
         let named = resolve(&pods, &[], &word.parse().unwrap(), namespace)?;
-        Ok((named.pod.sandbox_id.clone(), named.container_id().to_owned()))
+        Ok((
+            named.pod.sandbox_id.clone(),
+            named.container_id().to_owned(),
+        ))
     }
 
     #[test]
     fn a_pod_goes_by_its_name_uid_and_sandbox_id_and_their_beginnings() {
         for word in ["database-0", "uid-of-3ccc", "uid-of-3", "3ccc", "3"] {
-            assert_eq!(ask(&pods(), word).unwrap(), ("3ccc".into(), String::new()), "{word}");
+            assert_eq!(
+                ask(&pods(), word).unwrap(),
+                ("3ccc".into(), String::new()),
+                "{word}"
+            );
         }
     }
 
     #[test]
     fn a_container_goes_by_its_id_or_below_its_pod_by_its_name() {
         for word in ["c2", "1aaa/sidecar", "1aaa/side", "1aaa/c2", "uid-of-1/s"] {
-            assert_eq!(ask(&pods(), word).unwrap(), ("1aaa".into(), "c2".into()), "{word}");
+            assert_eq!(
+                ask(&pods(), word).unwrap(),
+                ("1aaa".into(), "c2".into()),
+                "{word}"
+            );
         }
     }
 
@@ -296,16 +341,34 @@ mod tests {
             assert!(text.contains(part), "{text}");
         }
         assert_eq!(ask_in(&pods(), "web", Some("prod")).unwrap().0, "2bbb");
-        assert!(ask(&pods(), "database").unwrap_err().chain().contains("default/database-1"));
-        assert!(ask(&pods(), "c").unwrap_err().chain().contains("prod/web/app (container c3)"));
+        assert!(
+            ask(&pods(), "database")
+                .unwrap_err()
+                .chain()
+                .contains("default/database-1")
+        );
+        assert!(
+            ask(&pods(), "c")
+                .unwrap_err()
+                .chain()
+                .contains("prod/web/app (container c3)")
+        );
     }
 
     #[test]
     fn what_is_nowhere_is_named_and_silent_shims_are_mentioned() {
-        let silent = [Silent { sandbox_id: "9fff".into(), reason: "nobody listens".into() }];
+        let silent = [Silent {
+            sandbox_id: "9fff".into(),
+            reason: "nobody listens".into(),
+        }];
         let word = "nothing".parse().unwrap();
-        let text = resolve(&[&pods()[0]], &silent, &word, None).unwrap_err().chain();
-        assert!(text.contains("\"nothing\"") && text.contains("1 shim did not answer"), "{text}");
+        let text = resolve(&[&pods()[0]], &silent, &word, None)
+            .unwrap_err()
+            .chain();
+        assert!(
+            text.contains("\"nothing\"") && text.contains("1 shim did not answer"),
+            "{text}"
+        );
         let text = ask(&pods(), "3ccc/x").unwrap_err().chain();
         assert!(text.contains("it has db"), "{text}");
         assert_eq!(ask(&pods(), "c1/app").unwrap_err().exit_code(), 3);
@@ -313,19 +376,30 @@ mod tests {
 
     #[test]
     fn a_silent_shim_goes_by_its_sandbox_id_and_is_unreachable() {
-        let silent = [Silent { sandbox_id: "3fff".into(), reason: "nobody listens".into() }];
+        let silent = [Silent {
+            sandbox_id: "3fff".into(),
+            reason: "nobody listens".into(),
+        }];
         let of = |word: &str| resolve(&[], &silent, &word.parse().unwrap(), None).unwrap_err();
         assert_eq!(of("3fff").exit_code(), 5);
         assert!(of("3f").chain().contains("nobody listens"));
         // It may be the one that was meant.
         let database = &pods()[2];
         let error = resolve(&[database], &silent, &"3".parse().unwrap(), None).unwrap_err();
-        assert!(error.chain().contains("does not answer"), "{}", error.chain());
+        assert!(
+            error.chain().contains("does not answer"),
+            "{}",
+            error.chain()
+        );
     }
 
     #[test]
     fn finished_attempts_of_a_pod_give_way_to_the_living_one() {
-        let mut old = pod("8aaa", "database-0", vec![task("d0", "db", TaskState::Exited)]);
+        let mut old = pod(
+            "8aaa",
+            "database-0",
+            vec![task("d0", "db", TaskState::Exited)],
+        );
         old.tasks[0].state = TaskState::Exited;
         let mut pods = pods();
         pods.push(old.clone());
@@ -344,8 +418,19 @@ mod tests {
         first.since = crate::model::Time(1);
         let second = task("x2", "app", TaskState::Exited);
         let running = task("x3", "app", TaskState::Running);
-        let with = |tasks: &[&Task]| vec![pod("p", "web", tasks.iter().map(|t| (*t).clone()).collect())];
-        assert_eq!(ask(&with(&[&first, &second, &running]), "web/app").unwrap().1, "x3");
+        let with = |tasks: &[&Task]| {
+            vec![pod(
+                "p",
+                "web",
+                tasks.iter().map(|t| (*t).clone()).collect(),
+            )]
+        };
+        assert_eq!(
+            ask(&with(&[&first, &second, &running]), "web/app")
+                .unwrap()
+                .1,
+            "x3"
+        );
         assert_eq!(ask(&with(&[&first, &second]), "web/app").unwrap().1, "x2");
         assert_eq!(ask(&with(&[&first, &running]), "web/x1").unwrap().1, "x1");
     }

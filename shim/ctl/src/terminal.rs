@@ -23,7 +23,9 @@ impl Raw {
         let mut raw = saved.clone();
         cfmakeraw(&mut raw);
         // From here on the terminal is given back, whatever happens.
-        *SAVED.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(saved);
+        *SAVED
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(saved);
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
             restore();

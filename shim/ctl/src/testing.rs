@@ -18,7 +18,12 @@ pub struct State(tempfile::TempDir);
 
 impl State {
     pub fn new() -> Self {
-        Self(tempfile::Builder::new().prefix("dyadctl").tempdir_in("/tmp").unwrap())
+        Self(
+            tempfile::Builder::new()
+                .prefix("dyadctl")
+                .tempdir_in("/tmp")
+                .unwrap(),
+        )
     }
 
     pub fn path(&self) -> &Path {
@@ -33,7 +38,11 @@ impl State {
     }
 
     pub fn write_address(&self, place: &Path, socket: &Path) {
-        std::fs::write(place.join("address"), format!("unix://{}\n", socket.display())).unwrap();
+        std::fs::write(
+            place.join("address"),
+            format!("unix://{}\n", socket.display()),
+        )
+        .unwrap();
     }
 }
 
@@ -97,7 +106,10 @@ impl FakeShim {
 
     /// A ttrpc server without any service.
     pub async fn serve_nothing(state: &State, namespace: &str, sandbox_id: &str) -> Self {
-        Self::listen(state, namespace, sandbox_id, Arc::default(), |server| server).await
+        Self::listen(state, namespace, sandbox_id, Arc::default(), |server| {
+            server
+        })
+        .await
     }
 
     async fn listen(
@@ -109,11 +121,17 @@ impl FakeShim {
     ) -> Self {
         let place = state.place(namespace, sandbox_id);
         let socket = place.join("s");
-        let server = Server::new().bind(&format!("unix://{}", socket.display())).unwrap();
+        let server = Server::new()
+            .bind(&format!("unix://{}", socket.display()))
+            .unwrap();
         let mut server = register(server);
         server.start().await.unwrap();
         state.write_address(&place, &socket);
-        Self { socket, calls, server }
+        Self {
+            socket,
+            calls,
+            server,
+        }
     }
 
     /// Ends it as a crash would: no file is removed.
@@ -131,14 +149,22 @@ impl Service {
         to: TaskState,
     ) -> ttrpc::Result<StateResponse> {
         let id = target.container_id.clone();
-        self.calls.lock().unwrap().push(format!("{call} {id}").trim().to_owned());
+        self.calls
+            .lock()
+            .unwrap()
+            .push(format!("{call} {id}").trim().to_owned());
         let mut state = self.state.lock().unwrap();
         let tasks = state.tasks.iter_mut();
-        let mut tasks: Vec<_> = tasks.filter(|t| id.is_empty() || t.container_id == id).collect();
+        let mut tasks: Vec<_> = tasks
+            .filter(|t| id.is_empty() || t.container_id == id)
+            .collect();
         let paused = TaskState::PAUSED.into();
         if to == TaskState::STOPPED && tasks.iter().any(|task| task.state == paused) {
             let text = "the pod is paused; resume it first".to_owned();
-            return Err(ttrpc::Error::RpcStatus(get_status(Code::FAILED_PRECONDITION, text)));
+            return Err(ttrpc::Error::RpcStatus(get_status(
+                Code::FAILED_PRECONDITION,
+                text,
+            )));
         }
         for task in &mut tasks {
             task.state = to.into();
@@ -201,7 +227,10 @@ impl Lifecycle for Service {
     ) -> ttrpc::Result<()> {
         if std::mem::replace(&mut *self.console_taken.lock().unwrap(), true) {
             let text = "another console is attached".to_owned();
-            return Err(ttrpc::Error::RpcStatus(get_status(Code::FAILED_PRECONDITION, text)));
+            return Err(ttrpc::Error::RpcStatus(get_status(
+                Code::FAILED_PRECONDITION,
+                text,
+            )));
         }
         let (to, mut from) = stream.split();
         while let Some(data) = from.recv().await? {

@@ -54,7 +54,10 @@ pub struct Cell {
 impl Cell {
     /// `text` in `style`.
     pub fn styled(text: impl AsRef<str>, style: Style) -> Self {
-        Self { text: printable(text.as_ref()).into_owned(), style }
+        Self {
+            text: printable(text.as_ref()).into_owned(),
+            style,
+        }
     }
 }
 
@@ -73,7 +76,11 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     }
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
-        if is_plain(c) { safe.push(c) } else { safe.extend(c.escape_debug()) }
+        if is_plain(c) {
+            safe.push(c)
+        } else {
+            safe.extend(c.escape_debug())
+        }
     }
     Cow::Owned(safe)
 }
@@ -81,7 +88,13 @@ pub fn printable(text: &str) -> Cow<'_, str> {
 /// Rows below `headers`, columns two spaces apart, no blanks at the end of a line. An
 /// empty cell is shown as `-`.
 pub fn table<const N: usize>(headers: [&str; N], rows: &[[Cell; N]], colour: bool) -> String {
-    let shown = |cell: &Cell| if cell.text.is_empty() { "-".to_owned() } else { cell.text.clone() };
+    let shown = |cell: &Cell| {
+        if cell.text.is_empty() {
+            "-".to_owned()
+        } else {
+            cell.text.clone()
+        }
+    };
     let mut widths = headers.map(|header| header.chars().count());
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
@@ -90,7 +103,9 @@ pub fn table<const N: usize>(headers: [&str; N], rows: &[[Cell; N]], colour: boo
     }
     let mut text = String::new();
     let header = headers.map(|header| (header.to_owned(), Style::Plain));
-    let lines = rows.iter().map(|row| row.each_ref().map(|cell| (shown(cell), cell.style)));
+    let lines = rows
+        .iter()
+        .map(|row| row.each_ref().map(|cell| (shown(cell), cell.style)));
     for line in std::iter::once(header).chain(lines) {
         for (column, ((field, style), width)) in line.iter().zip(widths).enumerate() {
             match style.code() {
@@ -141,7 +156,10 @@ impl Printer {
     /// [`Error::Output`].
     pub fn text(&self, text: &str) -> Result<()> {
         let mut stdout = io::stdout().lock();
-        stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::Output)
+        stdout
+            .write_all(text.as_bytes())
+            .and_then(|()| stdout.flush())
+            .map_err(Error::Output)
     }
 
     /// Prints one JSON document, indented.
@@ -186,7 +204,11 @@ mod tests {
     #[test]
     fn columns_are_aligned_and_lines_end_without_blanks() {
         let rows = [
-            ["default/web".into(), Cell::styled("running", Style::Good), "".into()],
+            [
+                "default/web".into(),
+                Cell::styled("running", Style::Good),
+                "".into(),
+            ],
             ["a".into(), "paused,running".into(), "why".into()],
         ];
         let expected = "\
@@ -196,7 +218,10 @@ a            paused,running  why
 ";
         assert_eq!(table(["POD", "STATE", "REASON"], &rows, false), expected);
         let colour = table(["POD", "STATE", "REASON"], &rows, true);
-        assert!(colour.contains("\x1b[32mrunning\x1b[0m         -\n"), "{colour:?}");
+        assert!(
+            colour.contains("\x1b[32mrunning\x1b[0m         -\n"),
+            "{colour:?}"
+        );
     }
 
     #[test]

@@ -26,14 +26,21 @@ pub async fn run(
     if printer.format == Format::Json {
         return printer.json(&pod);
     }
-    let task = pod.tasks.iter().find(|task| task.container_id == named.container_id());
+    let task = pod
+        .tasks
+        .iter()
+        .find(|task| task.container_id == named.container_id());
     let (reached, style) = match task {
         Some(task) => (task.state.as_str().to_owned(), Style::of(task.state)),
         None if pod.summary() == TaskState::Running.as_str() => (pod.summary(), Style::Good),
         None => (pod.summary(), Style::Notice),
     };
     let label = named.label();
-    printer.text(&format!("{}: {}\n", printer.word(&label, Style::Plain), printer.word(&reached, style)))
+    printer.text(&format!(
+        "{}: {}\n",
+        printer.word(&label, Style::Plain),
+        printer.word(&reached, style)
+    ))
 }
 
 #[cfg(test)]
@@ -64,8 +71,20 @@ mod tests {
             ("web/app", Change::Stop { grace: second }),
             ("c-1aaa", Change::Start),
             ("web", Change::Stop { grace: None }),
-            ("web", Change::Restart { force: true, grace: None }),
-            ("web", Change::Restart { force: false, grace: second }),
+            (
+                "web",
+                Change::Restart {
+                    force: true,
+                    grace: None,
+                },
+            ),
+            (
+                "web",
+                Change::Restart {
+                    force: false,
+                    grace: second,
+                },
+            ),
         ] {
             ask(&state, word, change).await.unwrap();
         }
@@ -88,7 +107,9 @@ mod tests {
         let state = State::new();
         let _shim = FakeShim::serve(&state, "k8s.io", state_of("1aaa", "web")).await;
         ask(&state, "web", Change::Pause).await.unwrap();
-        let error = ask(&state, "web", Change::Stop { grace: None }).await.unwrap_err();
+        let error = ask(&state, "web", Change::Stop { grace: None })
+            .await
+            .unwrap_err();
         assert_eq!(error.exit_code(), 4);
         assert_eq!(error.chain(), "the pod is paused; resume it first");
     }
@@ -97,12 +118,16 @@ mod tests {
     async fn a_shim_that_died_meanwhile_is_unreachable() {
         let state = State::new();
         let shim = FakeShim::serve(&state, "k8s.io", state_of("1aaa", "web")).await;
-        let fleet = Fleet::ask(state.path(), Duration::from_secs(10)).await.unwrap();
+        let fleet = Fleet::ask(state.path(), Duration::from_secs(10))
+            .await
+            .unwrap();
         shim.end().await;
         let options = Cli::try_parse_from(["dyadctl", "list"]).unwrap().options;
         let printer = Printer::new(Format::Table);
         let word = "web".parse().unwrap();
-        let error = run(&fleet, &word, Change::Pause, &options, printer).await.unwrap_err();
+        let error = run(&fleet, &word, Change::Pause, &options, printer)
+            .await
+            .unwrap_err();
         assert_eq!(error.exit_code(), 5, "{error:?}");
     }
 }

@@ -29,7 +29,10 @@ pub async fn run(fleet: &Fleet, word: &Word, options: &Options) -> Result<()> {
     let terminal = io::stdin().is_terminal();
     if terminal {
         let label = named.pod.label();
-        eprintln!("dyadctl: the console of {}; ctrl-] leaves", printable(&label));
+        eprintln!(
+            "dyadctl: the console of {}; ctrl-] leaves",
+            printable(&label)
+        );
     }
     let ended = {
         let raw = if terminal {
@@ -57,7 +60,10 @@ pub async fn run(fleet: &Fleet, word: &Word, options: &Options) -> Result<()> {
 async fn output(reader: &mut ConsoleReader) -> Result<()> {
     while let Some(data) = reader.read().await? {
         let mut stdout = io::stdout().lock();
-        stdout.write_all(&data).and_then(|()| stdout.flush()).map_err(Error::Output)?;
+        stdout
+            .write_all(&data)
+            .and_then(|()| stdout.flush())
+            .map_err(Error::Output)?;
     }
     Ok(())
 }
@@ -69,7 +75,11 @@ async fn input(
     terminal: bool,
 ) -> Result<()> {
     while let Some(data) = typed.recv().await {
-        let (send, leave) = if terminal { until_escape(data) } else { (data, false) };
+        let (send, leave) = if terminal {
+            until_escape(data)
+        } else {
+            (data, false)
+        };
         // Where sending fails, reading tells why.
         if !send.is_empty() && writer.write(send).await.is_err() {
             break;
@@ -124,7 +134,8 @@ fn typed(terminal: bool) -> mpsc::Receiver<Vec<u8>> {
 
 /// The signal that asks us to end.
 async fn ended_from_outside() -> Result<i32> {
-    let of = |kind: SignalKind| signal(kind).map_err(|error| Error::failed("wait for signals", error));
+    let of =
+        |kind: SignalKind| signal(kind).map_err(|error| Error::failed("wait for signals", error));
     let mut terminate = of(SignalKind::terminate())?;
     let mut hangup = of(SignalKind::hangup())?;
     let mut interrupt = of(SignalKind::interrupt())?;
@@ -148,7 +159,10 @@ mod tests {
     #[test]
     fn the_escape_key_leaves_and_what_came_before_is_sent() {
         assert_eq!(until_escape(b"ls\r".to_vec()), (b"ls\r".to_vec(), false));
-        assert_eq!(until_escape(b"ls\r\x1dxyz".to_vec()), (b"ls\r".to_vec(), true));
+        assert_eq!(
+            until_escape(b"ls\r\x1dxyz".to_vec()),
+            (b"ls\r".to_vec(), true)
+        );
         assert_eq!(until_escape(vec![ESCAPE]), (vec![], true));
     }
 
@@ -167,7 +181,10 @@ mod tests {
         let second = connect(place, limit).await.unwrap();
         let (_writer, mut refused) = second.console().await.unwrap();
         let error = refused.read().await.unwrap_err();
-        assert_eq!((error.exit_code(), error.chain().as_str()), (4, "another console is attached"));
+        assert_eq!(
+            (error.exit_code(), error.chain().as_str()),
+            (4, "another console is attached")
+        );
 
         writer.write(b"end".to_vec()).await.unwrap();
         assert_eq!(reader.read().await.unwrap(), None);

@@ -28,7 +28,12 @@ struct Unreachable<'a> {
 /// Where the output is gone.
 pub fn run(fleet: &Fleet, pod_namespace: Option<&str>, printer: Printer) -> Result<()> {
     let wanted = |pod: &&Pod| pod_namespace.is_none_or(|name| pod.pod_namespace == name);
-    let pods: Vec<&Pod> = fleet.pods.iter().map(|(_, pod)| pod).filter(wanted).collect();
+    let pods: Vec<&Pod> = fleet
+        .pods
+        .iter()
+        .map(|(_, pod)| pod)
+        .filter(wanted)
+        .collect();
     if printer.format == Format::Json {
         let unreachable = fleet
             .silent
@@ -41,7 +46,15 @@ pub fn run(fleet: &Fleet, pod_namespace: Option<&str>, printer: Printer) -> Resu
             .collect();
         return printer.json(&Listing { pods, unreachable });
     }
-    let headers = ["POD", "KIND", "STATE", "CONTAINERS", "SINCE", "SANDBOX", "SHIM"];
+    let headers = [
+        "POD",
+        "KIND",
+        "STATE",
+        "CONTAINERS",
+        "SINCE",
+        "SANDBOX",
+        "SHIM",
+    ];
     let rows: Vec<_> = pods.iter().map(|pod| row(pod)).collect();
     printer.table(headers, &rows)?;
     if fleet.silent.is_empty() {
@@ -69,7 +82,10 @@ fn row(pod: &Pod) -> [Cell; 7] {
         .iter()
         .find(|task| task.state.as_str() == summary)
         .map_or(Style::Notice, |task| Style::of(task.state));
-    let running = pod.containers().filter(|task| task.state == TaskState::Running).count();
+    let running = pod
+        .containers()
+        .filter(|task| task.state == TaskState::Running)
+        .count();
     let since = pod.sandbox().and_then(|task| task.since.elapsed());
     [
         pod.label().into(),

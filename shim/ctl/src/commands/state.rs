@@ -24,21 +24,35 @@ fn facts(pod: &Pod) -> String {
     let mut facts = vec![
         ("Pod", pod.label()),
         ("UID", pod.pod_uid.clone()),
-        ("Sandbox", format!("{} ({})", pod.sandbox_id, pod.containerd_namespace)),
+        (
+            "Sandbox",
+            format!("{} ({})", pod.sandbox_id, pod.containerd_namespace),
+        ),
         ("Kind", pod.kind.clone()),
         ("State", pod.summary()),
     ];
     if let Some(machine) = &pod.machine {
         facts.extend([
-            ("Machine", format!("{} on {}", machine.domain, machine.libvirt_uri)),
+            (
+                "Machine",
+                format!("{} on {}", machine.domain, machine.libvirt_uri),
+            ),
             (
                 "Size",
-                format!("{} vCPU, {} MiB, {}", machine.vcpus, machine.memory_bytes >> 20, machine.accelerator),
+                format!(
+                    "{} vCPU, {} MiB, {}",
+                    machine.vcpus,
+                    machine.memory_bytes >> 20,
+                    machine.accelerator
+                ),
             ),
             ("Kernel", machine.kernel_release.clone()),
         ]);
     }
-    facts.push(("Shim", format!("pid {}, version {}", pod.shim.pid, pod.shim.version)));
+    facts.push((
+        "Shim",
+        format!("pid {}, version {}", pod.shim.pid, pod.shim.version),
+    ));
     facts
         .iter()
         .filter(|(_, value)| !value.is_empty())
@@ -56,7 +70,10 @@ fn row(task: &Task) -> [Cell; 7] {
         Cell::styled(state, Style::of(task.state)),
         task.since.elapsed().map(human).unwrap_or_default().into(),
         task.starts.to_string().into(),
-        task.pid.map(|pid| pid.to_string()).unwrap_or_default().into(),
+        task.pid
+            .map(|pid| pid.to_string())
+            .unwrap_or_default()
+            .into(),
         short(&task.container_id).into(),
         task.reason.as_str().into(),
     ]
@@ -73,7 +90,10 @@ mod tests {
         let mut pod = pod("1aaa", "web", vec![task("c", "app", TaskState::Paused)]);
         let text = facts(&pod);
         assert!(text.contains("Pod:      default/web\n"), "{text}");
-        assert!(text.contains("State:    paused\n") && !text.contains("Machine"), "{text}");
+        assert!(
+            text.contains("State:    paused\n") && !text.contains("Machine"),
+            "{text}"
+        );
         pod.machine = Some(crate::model::Machine {
             uuid: "u".into(),
             domain: "dyad-u".into(),
@@ -85,6 +105,9 @@ mod tests {
         });
         let text = facts(&pod);
         assert!(text.contains("Size:     2 vCPU, 512 MiB, tcg\n"), "{text}");
-        assert!(!text.contains("Kernel"), "what is not known is left out: {text}");
+        assert!(
+            !text.contains("Kernel"),
+            "what is not known is left out: {text}"
+        );
     }
 }

@@ -96,7 +96,11 @@ async fn follow(place: Place, limit: Duration, to: mpsc::Sender<Seen>) {
         let mut transitions = connect(&place, limit).await?.watch().await?;
         while let Some(transition) = transitions.next().await? {
             // A closed channel is the end of the command.
-            if to.send(Seen::Transition(Box::new(pod.clone()), transition)).await.is_err() {
+            if to
+                .send(Seen::Transition(Box::new(pod.clone()), transition))
+                .await
+                .is_err()
+            {
                 break;
             }
         }
@@ -135,13 +139,19 @@ fn line(pod: &Pod, transition: &Transition, printer: Printer) -> String {
         TaskState::Unknown => to,
         from => format!("{} -> {to}", from.as_str()),
     };
-    let exit = task.exit_status.map_or(String::new(), |status| format!(" ({status})"));
+    let exit = task
+        .exit_status
+        .map_or(String::new(), |status| format!(" ({status})"));
     let reason = match task.reason.as_str() {
         "" => String::new(),
         reason => format!("  {}", printable(reason)),
     };
     let who = format!("{}/{}", pod.label(), task.label());
-    format!("{}  {}  {arrow}{exit}{reason}\n", transition.time, printable(&who))
+    format!(
+        "{}  {}  {arrow}{exit}{reason}\n",
+        transition.time,
+        printable(&who)
+    )
 }
 
 #[cfg(test)]
