@@ -137,6 +137,38 @@ pub fn check(config: &ContainerConfig) -> Vec<Check> {
     }]
 }
 
+/// The `features` document (JSON) of the OCI runtime that serves this host; `None` for
+/// one that has no such document. Must not be called in a process that has a [`Reaper`].
+///
+/// # Errors
+/// `FailedPrecondition` as for the creation of a container.
+pub fn features(config: &ContainerConfig) -> Result<Option<String>> {
+    if let Some(configured) = &config.runtime {
+        let binary = find_configured(configured)?;
+        return Ok(runtime::features_here(&binary, CHECK_BOUND).ok());
+    }
+    let need = Need::new(SPEC_VERSION, &Hierarchies::of_host()?);
+    let mut documents = Vec::new();
+    let mut candidates = Vec::new();
+    for (name, found) in candidates_on_path() {
+        let verdict = match &found {
+            None => Verdict::No("not on PATH".into()),
+            Some(binary) => match runtime::features_here(binary, CHECK_BOUND) {
+                Ok(text) => {
+                    let verdict = judge(name, &text, &need);
+                    documents.push((binary.clone(), text));
+                    verdict
+                }
+                Err(error) => Verdict::No(error.to_string()),
+            },
+        };
+        candidates.push((name, found, verdict));
+    }
+    let chosen = best(candidates)?;
+    let document = documents.into_iter().find(|(binary, _)| *binary == chosen);
+    Ok(document.map(|(_, text)| text))
+}
+
 fn checked(config: &ContainerConfig) -> Result<String> {
     let need = Need::new(SPEC_VERSION, &Hierarchies::of_host()?);
     let mut candidates = Vec::new();

@@ -21,5 +21,5 @@ mod process;
 mod rootfs;
 mod runtime;
 
-pub use choose::check;
+pub use choose::{check, features};
 pub use handler::Containers;
