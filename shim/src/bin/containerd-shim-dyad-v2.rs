@@ -1,23 +1,28 @@
 //! The shim that containerd runs: decides the kind of a pod, and serves container pods.
 
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use dyad_runtime_handler::config::Kind;
-use dyad_runtime_handler::handler::RuntimeHandler;
+use dyad_runtime_handler::error::Context as _;
+use dyad_runtime_handler::reaper::Reaper;
 use dyad_shim::{Backend, BackendContext, HandlerFuture};
 
 fn main() -> ExitCode {
     dyad_shim::main(Backend {
         kind: Kind::Container,
         handler,
-        features: |config| dyad_container::features(&config.container).map(Some),
+        features: |config| dyad_container::features(&config.container),
     })
 }
 
 fn handler(context: BackendContext) -> HandlerFuture {
     Box::pin(async move {
-        let handler = dyad_container::Containers::new(context)?;
-        Ok(Arc::new(handler) as Arc<dyn RuntimeHandler>)
+        let reaper = Reaper::start().context(|| "start reaping children".into())?;
+        Ok(dyad_container::Containers::new(
+            context.config.container,
+            context.config.state_dir.join("oci"),
+            reaper,
+            context.events,
+        ))
     })
 }

@@ -153,6 +153,18 @@ impl Config {
     }
 }
 
+/// The files that are read for `source`, in the order in which they are merged.
+///
+/// # Errors
+/// `InvalidArgument` where the folder of drop-ins cannot be listed.
+pub fn files(source: &Source) -> Result<Vec<PathBuf>> {
+    match source {
+        Source::Default => default_files(),
+        Source::Path(path) => Ok(vec![path.clone()]),
+        Source::Body(_) => Ok(Vec::new()),
+    }
+}
+
 fn default_files() -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     if Path::new(DEFAULT_FILE).exists() {

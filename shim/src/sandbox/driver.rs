@@ -322,14 +322,18 @@ impl Driver {
     }
 
     fn pids(&mut self, container: &str, reply: Reply<Vec<(u32, Option<String>)>>) {
-        // A task that lives without a process (kept, stopped) must not look leaked to a
-        // containerd that restarts: it then gets the pid of the server that keeps it.
-        let kept = self
-            .tasks
-            .get(container)
-            .is_some_and(|task| matches!(self.effective(task), State::Stopped | State::Incoming));
-        if kept {
-            let _ = reply.send(Ok(vec![(std::process::id(), None)]));
+        // A containerd that restarts takes a task without pids for leaked, and forgets
+        // how it ended. So one that has ended keeps its last pid until it is deleted,
+        // and one that is kept without a process has the pid of the server that keeps it.
+        let listed = self.tasks.get(container).and_then(|task| {
+            match self.effective(task) {
+                State::Stopped | State::Incoming => Some(std::process::id()),
+                State::Exited(_) => Some(task.pid()).filter(|pid| *pid != 0),
+                _ => None,
+            }
+        });
+        if let Some(pid) = listed {
+            let _ = reply.send(Ok(vec![(pid, None)]));
             return;
         }
         self.read(container, reply, |instance| async move { instance.pids().await });

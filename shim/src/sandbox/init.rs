@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use dyad_runtime_handler::handler::{Exit, Instance, ProcessId};
 use dyad_runtime_handler::spec::{ContainerSpec, Resources, Role};
 use dyad_runtime_handler::{Error, Result};
-use log::{debug, info};
+use log::{debug, info, warn};
 
 use super::driver::{Driver, not_found, write_launch};
 use super::lane::{Class, Ticket};
@@ -257,26 +257,34 @@ impl Driver {
             Err(error) => return self.refused(container, ticket, reply, error),
         };
         let container = container.to_owned();
-        let thaw = step == Step::ThawAndSignal;
         // In a machine that is paused as a whole it is the machine that must thaw.
-        let frozen = if thaw { self.frozen(&container) } else { None };
-        let effect = async move {
-            if let Some((_, frozen)) = &frozen {
-                frozen.resume().await?;
-            }
-            let thawed = frozen.map(|(id, _)| id);
-            Ok::<_, Error>((thawed, instance.signal(None, signal, all).await))
+        let frozen = match step {
+            Step::ThawAndSignal => self.frozen(&container),
+            _ => None,
         };
-        self.effect(effect, move |driver, result: Result<_>| {
-            let result = result.and_then(|(thawed, signalled)| {
-                if let Some(id) = thawed {
-                    driver.thawed(&id);
+        let signal = move |driver: &mut Self, container: String| {
+            driver.effect(
+                async move { instance.signal(None, signal, all).await },
+                move |driver, result| {
+                    let _ = reply.send(result);
+                    driver.finish(&container, ticket);
+                },
+            );
+        };
+        let Some((id, instance)) = frozen else {
+            return signal(self, container);
+        };
+        self.effect(
+            async move { instance.resume().await },
+            move |driver, result| {
+                match result {
+                    Ok(()) => driver.thawed(&id),
+                    // A freezer that fails does not hold up SIGKILL.
+                    Err(error) => warn!("resume {id} to signal {container}: {}", error.chain()),
                 }
-                signalled
-            });
-            let _ = reply.send(result);
-            driver.finish(&container, ticket);
-        });
+                signal(driver, container);
+            },
+        );
     }
 
     /// What has to be thawed for `container` to run: itself, or its pod's machine.

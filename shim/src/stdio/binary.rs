@@ -2,8 +2,7 @@
 //! stderr of the container as fds 3 and 4, and fd 5 to be closed when ready. They end
 //! when both streams do.
 
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::process::Stdio;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use dyad_runtime_handler::error::Context as _;
@@ -30,33 +29,36 @@ pub async fn start(uri: &str, owner: Owner<'_>) -> Result<(OwnedFd, OwnedFd)> {
     let (stdout_read, stdout_write) = pipe()?;
     let (stderr_read, stderr_write) = pipe()?;
     let (ready_read, ready_write) = pipe()?;
-    // std passes on only fds 0 to 2, so a shell puts ours where the protocol wants
-    // them: through its /proc, because they are closed on exec here.
-    let fd = |fd: &OwnedFd| format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
+    // std passes on only fds 0 to 2, so a shell moves them to where the protocol wants
+    // them.
     let mut command = Command::new("/bin/sh");
     command
-        .args(["-c", r#"exec 3<"$1" 4<"$2" 5>"$3"; shift 3; exec "$@""#, "sh"])
-        .args([fd(&stdout_read), fd(&stderr_read), fd(&ready_write)])
+        .args([
+            "-c",
+            r#"exec 3<&0 4<&2 5>&1 0</dev/null 1>/dev/null 2>/dev/null; exec "$@""#,
+            "sh",
+        ])
         .arg(&path)
         .args(&arguments)
         .env_clear()
         .env("PATH", std::env::var_os("PATH").unwrap_or_default())
         .env("CONTAINER_ID", owner.container)
         .env("CONTAINER_NAMESPACE", owner.namespace)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
+        .stdin(stdout_read)
+        .stderr(stderr_read)
+        .stdout(ready_write);
     let mut child = command
         .spawn()
         .context(|| format!("run logging binary {path}"))?;
     // Nobody asks how it ended, but it must not stay a zombie.
     tokio::spawn(async move { child.wait().await });
+    // With it go our copies of the logger's ends.
+    drop(command);
 
     nix::fcntl::fcntl(&ready_read, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
         .context(|| "set up a pipe".into())?;
     let mut ready = pipe::Receiver::from_owned_fd(ready_read)
         .context(|| "watch the logging binary".into())?;
-    drop(ready_write);
     let mut byte = [0];
     match tokio::time::timeout(READY_MAX, ready.read(&mut byte)).await {
         Ok(Ok(_)) => Ok((stdout_write, stderr_write)),

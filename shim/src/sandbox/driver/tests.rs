@@ -1,1 +1,345 @@
+//! The driver over a scripted backend: order of effects, events and answers.
 
+use std::path::Path;
+use std::time::Duration;
+
+use dyad_runtime_handler::fake::{Fake, Reply as FakeReply};
+use dyad_runtime_handler::handler::RuntimeHandler;
+use tempfile::TempDir;
+use tokio::time::timeout;
+
+use super::*;
+use crate::config::Config;
+use crate::sandbox::state::TaskStatus;
+use crate::sandbox::{CreateRequest, ExecRequest, Sandbox};
+use crate::stdio::StdioUris;
+
+struct TestPod {
+    dir: TempDir,
+    sandbox: Sandbox,
+    fake: Arc<Fake>,
+    events: mpsc::UnboundedReceiver<TaskEvent>,
+    driver: tokio::task::JoinHandle<()>,
+}
+
+impl TestPod {
+    fn new(kind: Kind) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config {
+            kind,
+            state_dir: dir.path().join("state"),
+            ..Config::default()
+        };
+        let launch = Launch::new(
+            "k8s.io".into(),
+            "pod".into(),
+            "pod".into(),
+            Role::Sandbox,
+            dir.path().join("socket"),
+            String::new(),
+            (String::new(), String::new()),
+            false,
+            config,
+        );
+        let (sandbox, commands) = Sandbox::new();
+        let (backend_events, seen) = mpsc::unbounded_channel();
+        let fake = Fake::new(kind, backend_events);
+        let (publisher, events) = mpsc::unbounded_channel();
+        let handler: Arc<dyn RuntimeHandler> = Arc::new(Arc::clone(&fake));
+        let driver = Driver::new(Pod { launch }, handler, commands, seen, publisher);
+        Self {
+            dir,
+            sandbox,
+            fake,
+            events,
+            driver: tokio::spawn(driver.run()),
+        }
+    }
+
+    /// A pod whose sandbox and container `c` run.
+    async fn running(kind: Kind) -> Self {
+        let pod = Self::new(kind);
+        pod.create("pod", "sandbox").await.unwrap();
+        pod.sandbox.run(ProcessId::init("pod")).await.unwrap();
+        pod.create("c", "container").await.unwrap();
+        pod.sandbox.run(ProcessId::init("c")).await.unwrap();
+        pod
+    }
+
+    fn bundle(&self, id: &str) -> PathBuf {
+        self.dir.path().join(id)
+    }
+
+    fn request(&self, id: &str, kind: &str) -> CreateRequest {
+        let bundle = self.bundle(id);
+        std::fs::create_dir_all(&bundle).unwrap();
+        std::fs::write(
+            bundle.join("config.json"),
+            format!(
+                r#"{{"ociVersion":"1.0.2","annotations":{{
+                    "io.kubernetes.cri.container-type":"{kind}",
+                    "io.kubernetes.cri.sandbox-id":"pod"}}}}"#
+            ),
+        )
+        .unwrap();
+        CreateRequest {
+            id: id.into(),
+            bundle,
+            rootfs: Vec::new(),
+            stdio: StdioUris::default(),
+        }
+    }
+
+    async fn create(&self, id: &str, kind: &str) -> Result<u32> {
+        self.sandbox.create(self.request(id, kind)).await
+    }
+
+    async fn status(&self, id: &str) -> TaskStatus {
+        self.sandbox.state(ProcessId::init(id)).await.unwrap().status
+    }
+
+    async fn next_event(&mut self) -> String {
+        let event = timeout(Duration::from_secs(10), self.events.recv())
+            .await
+            .expect("an event in time")
+            .expect("the driver runs");
+        match event {
+            TaskEvent::Create { container, .. } => format!("create {container}"),
+            TaskEvent::Start { container, .. } => format!("start {container}"),
+            TaskEvent::Exit { process, exit, .. } => format!("exit {process} {}", exit.status),
+            TaskEvent::Delete { process, .. } => format!("delete {process}"),
+            TaskEvent::ExecAdded { container, exec } => format!("exec-added {container}/{exec}"),
+            TaskEvent::ExecStarted { container, exec, .. } => {
+                format!("exec-started {container}/{exec}")
+            }
+            TaskEvent::Paused { container } => format!("paused {container}"),
+            TaskEvent::Resumed { container } => format!("resumed {container}"),
+            TaskEvent::OutOfMemory { container } => format!("oom {container}"),
+        }
+    }
+
+    async fn expect_events(&mut self, expected: &[&str]) {
+        for event in expected {
+            assert_eq!(self.next_event().await, *event);
+        }
+    }
+}
+
+fn exec_request(id: &str) -> ExecRequest {
+    ExecRequest {
+        exec_id: id.into(),
+        process: oci_spec::runtime::Process::default(),
+        stdio: StdioUris::default(),
+    }
+}
+
+fn launch_file(bundle: &Path) -> PathBuf {
+    bundle.join("dyad.json")
+}
+
+#[tokio::test]
+async fn a_life_is_told_in_order_and_leaves_nothing() {
+    let mut pod = TestPod::new(Kind::Container);
+    let init = || ProcessId::init("pod");
+    pod.create("pod", "sandbox").await.unwrap();
+    assert_eq!(pod.status("pod").await, TaskStatus::Created);
+    assert!(launch_file(&pod.bundle("pod")).exists());
+    let waiting = tokio::spawn({
+        let sandbox = pod.sandbox.clone();
+        async move { sandbox.wait(ProcessId::init("pod")).await }
+    });
+    let pid = pod.sandbox.run(init()).await.unwrap();
+    assert_eq!(pod.sandbox.state(init()).await.unwrap().pid, pid);
+    pod.sandbox.signal(init(), libc::SIGKILL, false).await.unwrap();
+    assert_eq!(waiting.await.unwrap().unwrap().status, 137);
+    assert_eq!(pod.status("pod").await, TaskStatus::Stopped);
+    let gone = pod.sandbox.delete(init()).await.unwrap();
+    assert_eq!((gone.pid, gone.exit.status), (pid, 137));
+    assert!(!launch_file(&pod.bundle("pod")).exists());
+    pod.expect_events(&["create pod", "start pod", "exit container pod 137", "delete container pod"])
+        .await;
+    assert!(matches!(pod.sandbox.state(init()).await, Err(Error::NotFound(_))));
+    pod.sandbox.shutdown().await.unwrap();
+    pod.driver.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_process_that_dies_at_once_is_told_to_have_started_first() {
+    let mut pod = TestPod::new(Kind::Container);
+    pod.create("pod", "sandbox").await.unwrap();
+    let end = pod.fake.hold("start");
+    let (started, ()) = tokio::join!(pod.sandbox.run(ProcessId::init("pod")), async {
+        pod.fake.called("start pod").await;
+        pod.fake.event(Event::Exited {
+            process: ProcessId::init("pod"),
+            exit: Exit {
+                status: 3,
+                at: SystemTime::now(),
+            },
+        });
+        // Reads are answered in between.
+        assert_eq!(pod.status("pod").await, TaskStatus::Created);
+        end.send(Ok(())).unwrap();
+    });
+    started.unwrap();
+    pod.expect_events(&["create pod", "start pod", "exit container pod 3"]).await;
+    assert_eq!(pod.status("pod").await, TaskStatus::Stopped);
+}
+
+#[tokio::test]
+async fn a_slow_create_blocks_no_read_and_no_other_container() {
+    let pod = TestPod::running(Kind::Container).await;
+    let end = pod.fake.hold("create");
+    let slow = tokio::spawn({
+        let sandbox = pod.sandbox.clone();
+        let request = pod.request("slow", "container");
+        async move { sandbox.create(request).await }
+    });
+    pod.fake.called("create slow").await;
+    assert_eq!(pod.status("c").await, TaskStatus::Running);
+    assert!(matches!(
+        pod.sandbox.state(ProcessId::init("slow")).await,
+        Err(Error::NotFound(_))
+    ));
+    pod.create("quick", "container").await.unwrap();
+    assert!(matches!(pod.create("slow", "container").await, Err(Error::AlreadyExists(_))));
+    end.send(Ok(())).unwrap();
+    slow.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_failed_create_leaves_no_task_and_no_record() {
+    let pod = TestPod::new(Kind::Container);
+    pod.fake.next("create", FakeReply::Fail(Error::InvalidArgument("hostPID".into())));
+    let error = pod.create("pod", "sandbox").await.unwrap_err();
+    assert!(matches!(error, Error::InvalidArgument(_)));
+    assert!(!launch_file(&pod.bundle("pod")).exists());
+    // The same id may be tried again.
+    pod.create("pod", "sandbox").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_failed_start_can_only_be_deleted() {
+    let mut pod = TestPod::new(Kind::Container);
+    pod.create("pod", "sandbox").await.unwrap();
+    pod.fake.next("start", FakeReply::Fail(Error::NotFound("no such program".into())));
+    pod.sandbox.run(ProcessId::init("pod")).await.unwrap_err();
+    assert_eq!(pod.status("pod").await, TaskStatus::Stopped);
+    let again = pod.sandbox.run(ProcessId::init("pod")).await.unwrap_err();
+    assert!(again.to_string().contains("can only be deleted"), "{again}");
+    pod.sandbox.delete(ProcessId::init("pod")).await.unwrap();
+    pod.expect_events(&["create pod", "delete container pod"]).await;
+}
+
+#[tokio::test]
+async fn a_container_needs_its_running_pod() {
+    let pod = TestPod::new(Kind::Container);
+    let error = pod.create("c", "container").await.unwrap_err();
+    assert!(matches!(error, Error::FailedPrecondition(_)), "{error}");
+    pod.create("pod", "sandbox").await.unwrap();
+    let error = pod.create("c", "container").await.unwrap_err();
+    assert!(error.to_string().contains("has not been started"), "{error}");
+}
+
+#[tokio::test]
+async fn an_exec_lives_beside_init() {
+    let mut pod = TestPod::running(Kind::Container).await;
+    let exec = || ProcessId::exec("c", "e");
+    pod.sandbox.add_exec("c".into(), exec_request("e")).await.unwrap();
+    assert!(matches!(
+        pod.sandbox.add_exec("c".into(), exec_request("e")).await,
+        Err(Error::AlreadyExists(_))
+    ));
+    assert!(matches!(
+        pod.sandbox.signal(exec(), 15, false).await,
+        Err(Error::FailedPrecondition(_))
+    ));
+    pod.sandbox.run(exec()).await.unwrap();
+    assert!(matches!(pod.sandbox.delete(exec()).await, Err(Error::FailedPrecondition(_))));
+    assert!(pod.fake.exit(&exec(), 7));
+    assert_eq!(pod.sandbox.wait(exec()).await.unwrap().status, 7);
+    assert_eq!(pod.sandbox.delete(exec()).await.unwrap().exit.status, 7);
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    pod.expect_events(&[
+        "exec-added c/e",
+        "exec-started c/e",
+        "exit exec e of container c 7",
+        "delete exec e of container c",
+    ])
+    .await;
+}
+
+#[tokio::test]
+async fn a_paused_container_refuses_execs_and_dies_when_killed() {
+    let mut pod = TestPod::running(Kind::Container).await;
+    pod.sandbox.pause("c".into()).await.unwrap();
+    pod.sandbox.pause("c".into()).await.unwrap();
+    assert_eq!(pod.status("c").await, TaskStatus::Running, "CRI must not see it");
+    let error = pod.sandbox.add_exec("c".into(), exec_request("e")).await.unwrap_err();
+    assert!(matches!(error, Error::FailedPrecondition(_)), "{error}");
+    pod.sandbox.signal(ProcessId::init("c"), libc::SIGKILL, false).await.unwrap();
+    assert_eq!(pod.sandbox.wait(ProcessId::init("c")).await.unwrap().status, 137);
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    pod.expect_events(&["paused c", "resumed c", "exit container c 137"]).await;
+    let pauses = pod.fake.calls().iter().filter(|call| *call == "pause c").count();
+    assert_eq!(pauses, 1, "asked twice, done once");
+}
+
+#[tokio::test]
+async fn what_holds_for_the_machine_holds_for_its_containers() {
+    let mut pod = TestPod::running(Kind::Machine).await;
+    pod.fake.event(Event::Machine(MachineEvent::Suspended));
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    assert_eq!(pod.next_event().await, "paused pod");
+    let error = pod.sandbox.add_exec("c".into(), exec_request("e")).await.unwrap_err();
+    assert!(error.to_string().contains("resume it first"), "{error}");
+    // The machine is destroyed: its containers are over too.
+    assert!(pod.fake.exit(&ProcessId::init("pod"), 137));
+    pod.expect_events(&["exit container pod 137", "exit container c 137"]).await;
+    assert_eq!(pod.sandbox.wait(ProcessId::init("c")).await.unwrap().status, 137);
+}
+
+#[tokio::test]
+async fn an_out_of_memory_kill_is_told() {
+    let mut pod = TestPod::running(Kind::Container).await;
+    pod.fake.event(Event::OutOfMemory { container: "c".into() });
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    assert_eq!(pod.next_event().await, "oom c");
+}
+
+#[tokio::test]
+async fn shutdown_waits_for_the_last_container() {
+    let pod = TestPod::running(Kind::Container).await;
+    pod.sandbox.shutdown().await.unwrap();
+    assert_eq!(pod.status("c").await, TaskStatus::Running);
+    for id in ["c", "pod"] {
+        pod.sandbox.signal(ProcessId::init(id), libc::SIGKILL, true).await.unwrap();
+        pod.sandbox.wait(ProcessId::init(id)).await.unwrap();
+        pod.sandbox.delete(ProcessId::init(id)).await.unwrap();
+    }
+    pod.sandbox.shutdown().await.unwrap();
+    pod.driver.await.unwrap();
+}
+
+#[tokio::test]
+async fn the_record_says_what_is_there() {
+    let pod = TestPod::running(Kind::Container).await;
+    let dir = pod.dir.path().join("state/k8s.io/pod");
+    let record::Found::Record(found) = record::read(&dir).unwrap() else {
+        panic!("no record");
+    };
+    let states: Vec<_> = found
+        .containers
+        .iter()
+        .map(|container| (container.id.as_str(), container.state.as_str()))
+        .collect();
+    assert_eq!(states, [("c", "running"), ("pod", "running")]);
+}
