@@ -30,18 +30,23 @@ pub(super) trait Side {
 /// Serves `side` over the channel until that ends; `Ok` when the other end closed it.
 pub(super) async fn run<S: Side>(
     side: &S,
+    max_body: usize,
     reader: impl AsyncRead + Unpin,
     writer: impl AsyncWrite + Unpin,
 ) -> io::Result<()> {
     tokio::select! {
-        ended = receive(side, reader) => ended,
+        ended = receive(side, max_body, reader) => ended,
         failed = send(side, writer) => failed,
     }
 }
 
-async fn receive<S: Side>(side: &S, mut reader: impl AsyncRead + Unpin) -> io::Result<()> {
+async fn receive<S: Side>(
+    side: &S,
+    max_body: usize,
+    mut reader: impl AsyncRead + Unpin,
+) -> io::Result<()> {
     let mut buffer = vec![0; READ];
-    let mut decoder = Decoder::new();
+    let mut decoder = Decoder::new(max_body);
     loop {
         let count = reader.read(&mut buffer).await?;
         if count == 0 {

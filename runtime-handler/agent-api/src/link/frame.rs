@@ -16,8 +16,12 @@ use bytes::Bytes;
 
 use super::{StdFd, StreamKey};
 
-/// The largest body; checked while decoding, before memory is taken for it.
-pub const MAX_BODY: usize = 4 << 20;
+/// The largest body that a guest takes; checked while decoding, before memory is taken
+/// for it. It holds the files of a volume.
+pub const MAX_REQUEST: usize = 32 << 20;
+
+/// The largest body that a host takes. Less, since guests are not trusted.
+pub const MAX_ANSWER: usize = 4 << 20;
 
 /// The most data bytes that one [`Frame::Data`] carries.
 pub const MAX_CHUNK: usize = 32 << 10;
@@ -116,8 +120,8 @@ pub enum FrameError {
     /// The delimiter came too early.
     #[error("frame is cut short")]
     Truncated,
-    /// The body is larger than [`MAX_BODY`].
-    #[error("frame is larger than {MAX_BODY} bytes")]
+    /// The body is larger than the receiver takes.
+    #[error("frame is too large")]
     Oversize,
     /// The checksum does not fit.
     #[error("checksum of frame is wrong")]
@@ -357,17 +361,16 @@ impl<'a> Body<'a> {
 }
 
 /// Takes bytes as they come off the wire and gives frames.
-#[derive(Default)]
 pub struct Decoder {
+    max_body: usize,
     body: Vec<u8>,
     place: Place,
 }
 
 /// Where in the COBS encoding the next byte stands.
-#[derive(Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
     /// Before a frame.
-    #[default]
     Between,
     /// In a block with so many bytes to come; whether a zero follows it.
     Block { left: u8, zero: bool },
@@ -384,9 +387,13 @@ impl fmt::Debug for Decoder {
 }
 
 impl Decoder {
-    /// A decoder between two frames.
-    pub fn new() -> Self {
-        Self::default()
+    /// A decoder between two frames, which takes bodies up to `max_body`.
+    pub fn new(max_body: usize) -> Self {
+        Self {
+            max_body,
+            body: Vec::new(),
+            place: Place::Between,
+        }
     }
 
     #[cfg(test)]
@@ -402,7 +409,7 @@ impl Decoder {
                 Place::Between | Place::Block { left: 0, .. } if first != 0 => {
                     *input = rest;
                     if matches!(self.place, Place::Block { zero: true, .. }) {
-                        if self.body.len() == MAX_BODY {
+                        if self.body.len() == self.max_body {
                             self.place = Place::Skipping;
                             continue;
                         }
@@ -427,7 +434,7 @@ impl Decoder {
                         self.body.clear();
                         return Some(Err(FrameError::Truncated));
                     }
-                    if self.body.len() + run.len() > MAX_BODY {
+                    if self.body.len() + run.len() > self.max_body {
                         self.place = Place::Skipping;
                         continue;
                     }

@@ -11,7 +11,7 @@ use tokio::sync::{Notify, watch};
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use super::connection::{self, BATCH, Side};
-use super::frame::{self, Frame, FrameError, MAX_BODY};
+use super::frame::{self, Frame, FrameError, MAX_ANSWER, MAX_REQUEST};
 use super::table::{Source, Table};
 use super::{INPUT_WINDOW, OUTPUT_CAPACITY, StreamKey, StreamState, VERSION};
 
@@ -94,7 +94,7 @@ impl Link {
         let connection = Connection { link: self, number };
         connection.begin();
         tokio::select! {
-            ended = connection::run(&connection, reader, writer) => {
+            ended = connection::run(&connection, MAX_REQUEST, reader, writer) => {
                 connection.end();
                 ended
             }
@@ -181,8 +181,8 @@ impl Link {
                 };
                 let payload = Bytes::from(response.payload);
                 let size = frame::response_size(&message, &payload);
-                if size > MAX_BODY {
-                    let text = format!("the answer has {size} bytes, {MAX_BODY} fit");
+                if size > MAX_ANSWER {
+                    let text = format!("the answer has {size} bytes, {MAX_ANSWER} fit");
                     return Call::failed(ttrpc::Code::RESOURCE_EXHAUSTED, text);
                 }
                 Call::Done {

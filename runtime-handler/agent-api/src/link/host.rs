@@ -16,7 +16,7 @@ use tokio::sync::{Notify, oneshot, watch};
 use tokio::time::Instant;
 
 use super::connection::{self, BATCH, Side};
-use super::frame::{self, Frame, FrameError, MAX_BODY};
+use super::frame::{self, Frame, FrameError, MAX_ANSWER, MAX_REQUEST};
 use super::table::{Source, StreamError, Table};
 use super::{INPUT_CAPACITY, OUTPUT_WINDOW, StreamKey, VERSION, VSOCK_PORT, vsock};
 
@@ -91,7 +91,7 @@ pub enum CallError {
     #[error("the guest restarted")]
     Restarted,
     /// It fits in no frame.
-    #[error("the request has {0} bytes, {MAX_BODY} fit")]
+    #[error("the request has {0} bytes, {MAX_REQUEST} fit")]
     TooLarge(usize),
     /// The request or its answer is not a message of its type.
     #[error("message cannot be encoded or decoded: {0}")]
@@ -248,7 +248,7 @@ impl Client {
             .write_to_bytes()
             .map_err(|e| CallError::Message(e.to_string()))?;
         let size = frame::request_size(service, method, &payload);
-        if size > MAX_BODY {
+        if size > MAX_REQUEST {
             return Err(CallError::TooLarge(size));
         }
         let (answer, answered) = oneshot::channel();
@@ -362,7 +362,7 @@ impl Shared {
             let ended = match connector().await {
                 Ok((reader, writer)) => {
                     self.greet(&mut self.lock());
-                    let ended = connection::run(&self, reader, writer).await;
+                    let ended = connection::run(&self, MAX_ANSWER, reader, writer).await;
                     let was_live = self.down();
                     if was_live {
                         gap = CONNECT_AGAIN;

@@ -56,7 +56,7 @@ pub mod vsock;
 #[cfg(test)]
 mod tests;
 
-pub use frame::{Frame, FrameError, MAX_BODY, MAX_CHUNK};
+pub use frame::{Frame, FrameError, MAX_ANSWER, MAX_CHUNK, MAX_REQUEST};
 pub use table::{StreamError, StreamState};
 
 /// What HELLO names; both sides must have the same.

@@ -295,12 +295,12 @@ async fn what_fits_in_no_frame_is_refused_on_either_side() {
     let (link, _) = guest();
     let client = Wire::new(&link, vec![]).client();
     let mut request = GetFileRequest::new();
-    request.path = "x".repeat(super::MAX_BODY);
+    request.path = "x".repeat(super::MAX_REQUEST);
     let sent = client
         .call::<_, GetFileResponse>(SANDBOX, "GetFile", &request)
         .await;
     assert!(matches!(sent, Err(CallError::TooLarge(_))));
-    let answered = get_file(&client, "x", super::MAX_BODY as u32).await;
+    let answered = get_file(&client, "x", super::MAX_ANSWER as u32).await;
     assert!(matches!(
         answered,
         Err(CallError::Status {
@@ -651,11 +651,11 @@ mod codec {
     use bytes::Bytes;
     use proptest::prelude::*;
 
-    use crate::link::frame::{Decoder, Frame, FrameError, MAX_BODY, MAX_CHUNK, encode};
+    use crate::link::frame::{Decoder, Frame, FrameError, MAX_ANSWER, MAX_CHUNK, encode};
     use crate::link::{StdFd, StreamKey};
 
     fn decode(mut wire: &[u8]) -> Vec<Result<Frame, FrameError>> {
-        let mut decoder = Decoder::new();
+        let mut decoder = Decoder::new(MAX_ANSWER);
         let mut frames = Vec::new();
         while let Some(frame) = decoder.next(&mut wire) {
             frames.push(frame);
@@ -765,7 +765,7 @@ mod codec {
         ) {
             let mut out = Vec::new();
             frames.iter().for_each(|frame| encode(frame, &mut out));
-            let mut decoder = Decoder::new();
+            let mut decoder = Decoder::new(MAX_ANSWER);
             let mut got = Vec::new();
             for mut piece in out.chunks(piece) {
                 while let Some(frame) = decoder.next(&mut piece) {
@@ -896,12 +896,12 @@ mod codec {
     #[test]
     fn an_oversize_frame_is_skipped_without_being_kept() {
         for filler in [0xffu8, 1] {
-            let mut decoder = Decoder::new();
-            let endless = vec![filler; MAX_BODY];
+            let mut decoder = Decoder::new(MAX_ANSWER);
+            let endless = vec![filler; MAX_ANSWER];
             for _ in 0..3 {
                 assert!(decoder.next(&mut &endless[..]).is_none());
             }
-            assert!(decoder.capacity() <= 2 * MAX_BODY);
+            assert!(decoder.capacity() <= 2 * MAX_ANSWER);
             assert_eq!(decoder.next(&mut &[0][..]), Some(Err(FrameError::Oversize)));
             assert_eq!(
                 decoder.next(&mut &wire(&Frame::Resync)[..]),
