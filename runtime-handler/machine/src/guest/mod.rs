@@ -184,8 +184,11 @@ impl Agent {
         let answer: WaitEventsResponse = self.call(SANDBOX, "WaitEvents", &request, doing).await?;
         let last = answer.events.iter().map(|event| event.sequence).max();
         let events = answer.events.into_iter().filter_map(|event| event.event);
-        let events =
-            events.map(|guest_event::Event::Oom(container)| GuestEvent::OutOfMemory { container });
+        let events = events.filter_map(|event| match event {
+            guest_event::Event::Oom(container) => Some(GuestEvent::OutOfMemory { container }),
+            // Of a newer agent.
+            _ => None,
+        });
         Ok((last.unwrap_or(after), events.collect()))
     }
 
@@ -230,7 +233,7 @@ impl Agent {
         if !stdio.terminal {
             request.stderr = marker(stdio.stderr.as_ref());
         }
-        self.connect(&process, stdio, Offsets::default())?;
+        self.connect_new(&process, stdio)?;
         let answer: Result<CreateTaskResponse> = self.task("Create", request, doing).await;
         self.disconnect_failed(&process, &answer);
         Ok(answer?.pid)
@@ -272,7 +275,7 @@ impl Agent {
         if !spec.stdio.terminal {
             request.stderr = marker(spec.stdio.stderr.as_ref());
         }
-        self.connect(&process, spec.stdio, Offsets::default())?;
+        self.connect_new(&process, spec.stdio)?;
         let answer: Result<Empty> = self.task("Exec", request, doing).await;
         self.disconnect_failed(&process, &answer);
         answer.map(drop)
@@ -496,6 +499,13 @@ impl Agent {
         self.pumps().clear();
     }
 
+    fn connect_new(&self, process: &ProcessId, stdio: Stdio) -> Result<()> {
+        if self.pumps().contains_key(process) {
+            return Err(Error::AlreadyExists(process.to_string()));
+        }
+        self.connect(process, stdio, Offsets::default())
+    }
+
     fn connect(&self, process: &ProcessId, stdio: Stdio, from: Offsets) -> Result<()> {
         let client = &self.inner.client;
         let key = |fd| StreamKey::new(&process.container, process.exec.as_deref(), fd);
@@ -517,9 +527,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Releases the stdio of a process that was not made. One that was there already
-    /// keeps its own streams in the guest, but its pump is replaced, so callers must
-    /// not create what exists.
+    /// Releases the stdio of a process that was not made.
     fn disconnect_failed<T>(&self, process: &ProcessId, answer: &Result<T>) {
         if answer.is_err() {
             self.disconnect(&process.container, process.exec.as_deref());
