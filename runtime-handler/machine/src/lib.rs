@@ -6,7 +6,6 @@ pub mod domain;
 pub mod events;
 pub mod guest;
 pub mod host;
-pub mod guest;
 pub mod libvirt;
 pub mod network;
 pub mod record;
