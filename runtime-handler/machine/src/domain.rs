@@ -22,10 +22,7 @@ use uuid::Uuid;
 pub const METADATA_NAMESPACE: &str = "https://dyad.dev/machine/1";
 
 /// Name of the virtio-serial port the agent listens on.
-pub const AGENT_PORT: &str = "dev.dyad.agent.0";
-
-/// The vsock port the agent listens on.
-pub const AGENT_VSOCK_PORT: u32 = 1024;
+pub use dyad_agent_api::link::PORT_NAME as AGENT_PORT;
 
 /// What executes guest code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -1,17 +1,31 @@
 //! Runs a pod as one libvirt machine with our agent in it.
+//!
+//! ```text
+//! driver --> Machines (handler) --> Sandbox --> Machine --> libvirt, network, storage, cgroup
+//!                               \-> Container -----^  \---> guest (agent client)
+//! ```
+//! Planning is pure and has golden files or tables: [`domain`], [`size`], [`spec`],
+//! [`events`], `network::plan`, `storage::plan`, `volumes::plan`. Only [`libvirt`] knows
+//! `virt`, only `network::apply` netlink, only [`guest`] the agent's messages.
 
 pub mod accelerator;
 mod cgroup;
+mod container;
 pub mod domain;
 pub mod events;
 pub mod guest;
+mod handler;
 pub mod host;
 pub mod libvirt;
+mod machine;
 pub mod network;
 pub mod record;
+mod sandbox;
 pub mod seccomp;
 pub mod size;
 pub mod slots;
 pub mod spec;
 pub mod storage;
 pub mod volumes;
+
+pub use handler::{Machines, Paths, new};

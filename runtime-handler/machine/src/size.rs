@@ -110,7 +110,7 @@ pub fn plan(
         ),
         None if limit > 0 => (
             limit.unsigned_abs() >> 20,
-            format!("the pod's memory limit of {limit} bytes"),
+            format!("the pod's memory limit of {} MiB", limit >> 20),
         ),
         None => (
             config.memory_mib,
@@ -251,7 +251,7 @@ mod tests {
     #[test]
     fn a_memory_too_small_to_boot_is_refused_with_the_least() {
         let error = size(&[("memory", "33554432")], &[]).expect_err("refused");
-        assert!(error.to_string().contains("33554432"), "{error}");
+        assert!(error.to_string().contains("limit of 32 MiB"), "{error}");
         assert!(error.to_string().contains("96 MiB"), "{error}");
         assert!(size(&[], &[("memory", "16Mi")]).is_err());
         let error = size(&[], &[("memory", "1Ti")]).expect_err("refused");

@@ -1,0 +1,372 @@
+//! A container of a machine pod: its root on the host's side, its processes in the guest.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use dyad_agent_api::proto::agent::{CreateOptions, File, PutFilesRequest};
+use dyad_runtime_handler::Error;
+use dyad_runtime_handler::error::{Context, Result};
+use dyad_runtime_handler::handler::{Instance, ProcessId};
+use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, Stdio};
+use dyad_runtime_handler::stats::Stats;
+use log::{debug, warn};
+use tokio::task::JoinHandle;
+
+use crate::guest::Agent;
+use crate::machine::Machine;
+use crate::seccomp::{self, Filter};
+use crate::storage::{apply as storage, plan as storage_plan};
+use crate::volumes::plan::{Copy, How, Termination, VOLUMES, VolumePlan};
+use crate::volumes::{copy, plan as volume_plan, sync};
+
+/// How long the last output may take to its FIFOs once a process is deleted.
+const DRAIN: Duration = Duration::from_secs(5);
+/// kubelet reads no more of a termination message.
+const TERMINATION_MAX_BYTES: u32 = 4096;
+/// After SIGKILL.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A container in the guest.
+pub struct Container {
+    machine: Arc<Machine>,
+    id: String,
+    options: CreateOptions,
+    copies: Vec<Copy>,
+    termination: Option<Termination>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    phase: Phase,
+    sync: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Phase {
+    /// In the guest, not run yet.
+    #[default]
+    Created,
+    /// Was run; may have ended.
+    Started,
+}
+
+impl Container {
+    /// Creates the container in the machine's guest.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming what a machine cannot honour; what the host's tools,
+    /// libvirt or the agent refused. Nothing stays but what is kept for the image.
+    pub async fn create(machine: Arc<Machine>, spec: ContainerSpec) -> Result<Arc<Self>> {
+        let mut guest = crate::spec::container(spec.oci)?;
+        let mounts = guest.oci.mounts().clone().unwrap_or_default();
+        let VolumePlan {
+            mounts,
+            copies,
+            termination,
+        } = volume_plan::plan(&spec.id, &mounts, copy::look)?;
+        guest.oci.set_mounts(Some(mounts));
+        let root = storage_plan::plan(&spec.rootfs, &spec.bundle.join("rootfs"))
+            .map_err(|error| Error::InvalidArgument(error.to_string()))?;
+
+        let (shared, private) = machine.image_dirs();
+        let convert = storage::image(root, shared, private, machine.qemu_user());
+        let profile = guest.seccomp.take();
+        let compile = blocking("compile the seccomp profile", move || {
+            profile.as_ref().map(seccomp::compile).transpose()
+        });
+        let (image, filter) = tokio::try_join!(convert, compile)?;
+        let filter = filter.unwrap_or(Filter {
+            program: Vec::new(),
+            flags: 0,
+        });
+
+        machine.ready().await?;
+        let root_disk_serial = machine.plug(&image).await?;
+        let options = CreateOptions {
+            spec_json: serde_json::to_vec(&guest.oci)
+                .context(|| "write the container's spec for the guest".into())?,
+            seccomp_filter: filter.program,
+            seccomp_flags: filter.flags,
+            root_disk_serial,
+            readonly_root: guest.readonly_root,
+            ..Default::default()
+        };
+        let container = Arc::new(Self {
+            machine,
+            id: spec.id,
+            options,
+            copies,
+            termination,
+            state: Mutex::default(),
+        });
+        container.make(spec.stdio).await?;
+        Ok(container)
+    }
+
+    /// Puts the volumes and the container into the guest, and waits for its end.
+    async fn make(self: &Arc<Self>, stdio: Stdio) -> Result<()> {
+        let agent = self.machine.agent();
+        self.put(&agent, self.copies.clone(), Vec::new()).await?;
+        let process = ProcessId::init(&self.id);
+        agent.create(&self.id, stdio, self.options.clone()).await?;
+        self.machine.started(process.clone());
+        self.watch_end(agent.clone(), process);
+        let container = Arc::downgrade(self);
+        let syncing = sync::watch(self.copies.clone(), move |changed| {
+            let container = container.clone();
+            let agent = agent.clone();
+            async move {
+                if let Some(container) = container.upgrade() {
+                    container.refresh(&agent, changed).await;
+                }
+            }
+        });
+        match syncing {
+            Ok(task) => self.lock().sync = Some(tokio::spawn(task)),
+            Err(error) => warn!("container {}: {}", self.id, error.chain()),
+        }
+        Ok(())
+    }
+
+    async fn put(&self, agent: &Agent, copies: Vec<Copy>, prune: Vec<String>) -> Result<()> {
+        if copies.is_empty() && prune.is_empty() {
+            return Ok(());
+        }
+        let files = blocking("read volumes", move || {
+            let read: Result<Vec<Vec<File>>> = copies.iter().map(copy::read).collect();
+            Ok(read?.concat())
+        })
+        .await?;
+        let request = PutFilesRequest {
+            files,
+            prune,
+            ..Default::default()
+        };
+        agent.put_files(request).await
+    }
+
+    async fn refresh(&self, agent: &Agent, changed: Copy) {
+        let prune = match changed.how {
+            How::Tree => vec![changed.guest.to_string_lossy().into_owned()],
+            _ => Vec::new(),
+        };
+        // An original that is being replaced, or gone with its pod.
+        if let Err(error) = self.put(agent, vec![changed], prune).await {
+            debug!("keep a volume of {} in sync: {}", self.id, error.chain());
+        }
+    }
+
+    /// Tells the end of a process, once; a machine that ends first has told it already.
+    fn watch_end(self: &Arc<Self>, agent: Agent, process: ProcessId) {
+        let container = Arc::clone(self);
+        tokio::spawn(async move {
+            match agent
+                .wait(&process.container, process.exec.as_deref())
+                .await
+            {
+                Ok(exit) => {
+                    if process.exec.is_none() {
+                        container.save_termination(&agent).await;
+                    }
+                    container.machine.finished(&process, exit);
+                }
+                Err(error) => debug!("wait for {process}: {}", error.chain()),
+            }
+        });
+    }
+
+    async fn save_termination(&self, agent: &Agent) {
+        let Some(termination) = &self.termination else {
+            return;
+        };
+        let saved = async {
+            let guest = termination.guest.to_string_lossy();
+            let message = agent.get_file(&guest, TERMINATION_MAX_BYTES).await?;
+            // kubelet's own file, in place: it may hold it open.
+            std::fs::write(&termination.host, message)
+                .context(|| format!("write {}", termination.host.display()))
+        };
+        if let Err(error) = saved.await {
+            warn!("termination message of {}: {}", self.id, error.chain());
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stop_syncing(&self) {
+        if let Some(task) = self.lock().sync.take() {
+            task.abort();
+        }
+    }
+
+    async fn run(&self, exec: Option<&str>) -> Result<u32> {
+        self.machine.agent().start(&self.id, exec).await?;
+        self.machine
+            .pid()
+            .ok_or_else(|| Error::FailedPrecondition("the machine is powered off".into()))
+    }
+}
+
+/// An owned handle to a container, for what outlives a call.
+pub struct ContainerInstance(pub Arc<Container>);
+
+#[async_trait]
+impl Instance for ContainerInstance {
+    async fn start(&self, stdio: Option<Stdio>) -> Result<u32> {
+        let container = &self.0;
+        if container.lock().phase == Phase::Started {
+            // Again, in the same bundle: a new process from the same parts.
+            container.stop_syncing();
+            container.machine.ready().await?;
+            container
+                .machine
+                .agent()
+                .delete(&container.id, None)
+                .await?;
+            container.make(stdio.unwrap_or_default()).await?;
+        }
+        container.lock().phase = Phase::Started;
+        let started = container.run(None).await;
+        if started.is_err() {
+            container.machine.withdrawn(&ProcessId::init(&container.id));
+        }
+        started
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.0.machine.pid()
+    }
+
+    async fn signal(&self, exec: Option<&str>, signal: i32, all: bool) -> Result<()> {
+        let container = &self.0;
+        if container.machine.is_off() {
+            return Err(Error::NotFound(format!(
+                "process of container {}",
+                container.id
+            )));
+        }
+        container
+            .machine
+            .agent()
+            .kill(&container.id, exec, signal, all)
+            .await
+    }
+
+    async fn stop(&self, grace: Duration) -> Result<()> {
+        let process = ProcessId::init(&self.0.id);
+        for (signal, bound) in [(libc::SIGTERM, grace), (libc::SIGKILL, KILL_PATIENCE)] {
+            if !self.0.machine.is_running(&process) {
+                return Ok(());
+            }
+            match self.signal(None, signal, signal == libc::SIGKILL).await {
+                Ok(()) | Err(Error::NotFound(_)) => {}
+                Err(error) => return Err(error),
+            }
+            if self.0.machine.await_end(&process, bound).await {
+                return Ok(());
+            }
+        }
+        Err(Error::DeadlineExceeded(format!(
+            "container {} did not end within {} s of SIGKILL",
+            self.0.id,
+            KILL_PATIENCE.as_secs()
+        )))
+    }
+
+    async fn pause(&self) -> Result<()> {
+        self.0.machine.agent().pause(&self.0.id).await
+    }
+
+    async fn resume(&self) -> Result<()> {
+        self.0.machine.agent().resume(&self.0.id).await
+    }
+
+    async fn exec(&self, mut spec: ExecSpec) -> Result<()> {
+        crate::spec::process(&mut spec.process)?;
+        self.0.machine.agent().exec(&self.0.id, spec).await
+    }
+
+    async fn start_exec(&self, exec_id: &str) -> Result<u32> {
+        let container = &self.0;
+        let process = ProcessId::exec(&container.id, exec_id);
+        let agent = container.machine.agent();
+        container.machine.started(process.clone());
+        let started = container.run(Some(exec_id)).await;
+        match &started {
+            Ok(_) => container.watch_end(agent, process),
+            Err(_) => container.machine.withdrawn(&process),
+        }
+        started
+    }
+
+    async fn delete_exec(&self, exec_id: &str) -> Result<()> {
+        let agent = self.0.machine.agent();
+        if !agent.drained(&self.0.id, Some(exec_id), DRAIN).await {
+            warn!("exec {exec_id} of container {}: output is lost", self.0.id);
+        }
+        if self.0.machine.is_off() {
+            return Ok(());
+        }
+        agent.delete(&self.0.id, Some(exec_id)).await
+    }
+
+    async fn resize(&self, exec: Option<&str>, width: u16, height: u16) -> Result<()> {
+        let agent = self.0.machine.agent();
+        agent.resize(&self.0.id, exec, width, height).await
+    }
+
+    async fn close_stdin(&self, exec: Option<&str>) -> Result<()> {
+        self.0.machine.agent().close_stdin(&self.0.id, exec)
+    }
+
+    async fn pids(&self) -> Result<Vec<(u32, Option<String>)>> {
+        Ok(self.pid().map(|pid| (pid, None)).into_iter().collect())
+    }
+
+    async fn stats(&self) -> Result<Stats> {
+        self.0.machine.agent().stats(&self.0.id).await
+    }
+
+    async fn update(&self, resources: &Resources) -> Result<()> {
+        let agent = self.0.machine.agent();
+        agent.update(&self.0.id, &resources.linux).await
+    }
+
+    async fn delete(&self) -> Result<()> {
+        let container = &self.0;
+        container.stop_syncing();
+        let agent = container.machine.agent();
+        if !agent.drained(&container.id, None, DRAIN).await {
+            warn!("container {}: output is lost", container.id);
+        }
+        let process = ProcessId::init(&container.id);
+        if container.machine.is_off() {
+            container.machine.withdrawn(&process);
+            return Ok(());
+        }
+        agent.delete(&container.id, None).await?;
+        container.machine.withdrawn(&process);
+        if !container.copies.is_empty() {
+            let own = Path::new(VOLUMES).join(&container.id);
+            let prune = vec![own.to_string_lossy().into_owned()];
+            if let Err(error) = container.put(&agent, Vec::new(), prune).await {
+                debug!("remove the volumes of {}: {}", container.id, error.chain());
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    what: &str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::Unavailable(format!("{what}: {error}"), None))?
+}

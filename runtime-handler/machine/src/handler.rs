@@ -1,0 +1,115 @@
+//! The machine kind's [`RuntimeHandler`].
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use dyad_runtime_handler::Error;
+use dyad_runtime_handler::config::{Kind, MachineConfig};
+use dyad_runtime_handler::error::Result;
+use dyad_runtime_handler::handler::{ContainerRef, EventSender, Instance, RuntimeHandler};
+use dyad_runtime_handler::spec::{ContainerSpec, Role};
+
+use crate::container::{Container, ContainerInstance};
+use crate::libvirt::Libvirt;
+use crate::machine::{self, Machine};
+use crate::record::{Folder, Record};
+use crate::sandbox::Sandbox;
+
+/// Where the backend keeps its files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Paths {
+    /// Sockets; may be in memory.
+    pub state_dir: PathBuf,
+    /// Disks, images, records; on disk.
+    pub cache_dir: PathBuf,
+}
+
+/// Runs one pod as a machine.
+pub struct Machines {
+    config: Arc<MachineConfig>,
+    paths: Paths,
+    events: EventSender,
+    libvirt: Libvirt,
+    machine: Mutex<Option<Arc<Machine>>>,
+}
+
+/// The machine kind. Opens nothing: libvirt is connected at the first use. To be called,
+/// and used, inside a tokio runtime.
+///
+/// # Errors
+/// None today; the signature leaves room for a configuration that cannot serve.
+pub fn new(
+    config: Arc<MachineConfig>,
+    paths: Paths,
+    events: EventSender,
+) -> Result<Arc<dyn RuntimeHandler>> {
+    let libvirt = Libvirt::new(&config.libvirt_uri);
+    Ok(Arc::new(Machines {
+        config,
+        paths,
+        events,
+        libvirt,
+        machine: Mutex::default(),
+    }))
+}
+
+impl Machines {
+    async fn create_sandbox(&self, spec: ContainerSpec) -> Result<Arc<dyn Instance>> {
+        let name = format!("machine of pod {}", spec.pod.sandbox_id);
+        if self.machine().is_some_and(|machine| !machine.is_deleted()) {
+            return Err(Error::AlreadyExists(name));
+        }
+        let machine = Machine::create(
+            Arc::clone(&self.config),
+            self.paths.clone(),
+            self.events.clone(),
+            self.libvirt.clone(),
+            &spec,
+        )
+        .await?;
+        *self.machine.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&machine));
+        Ok(Arc::new(Sandbox::new(machine)))
+    }
+
+    fn machine(&self) -> Option<Arc<Machine>> {
+        self.machine
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+#[async_trait]
+impl RuntimeHandler for Machines {
+    fn kind(&self) -> Kind {
+        Kind::Machine
+    }
+
+    async fn create(&self, spec: ContainerSpec) -> Result<Arc<dyn Instance>> {
+        match spec.role {
+            Role::Sandbox => self.create_sandbox(spec).await,
+            Role::Container => {
+                let machine = self.machine().ok_or_else(|| {
+                    Error::NotFound(format!("machine of pod {}", spec.pod.sandbox_id))
+                })?;
+                let container = Container::create(machine, spec).await?;
+                Ok(Arc::new(ContainerInstance(container)))
+            }
+        }
+    }
+
+    async fn cleanup(&self, container: &ContainerRef) -> Result<()> {
+        // A container's traces are in its pod's guest and go with the machine.
+        if container.role == Role::Container {
+            return Ok(());
+        }
+        let bare = Record::new(&container.containerd_namespace, &container.sandbox_id);
+        let folder = Folder::new(&self.paths.state_dir, &self.paths.cache_dir, bare.uuid);
+        if !folder.exists() {
+            return Ok(());
+        }
+        let record = folder.load()?.unwrap_or(bare);
+        machine::remove(&self.libvirt, &folder, &record).await
+    }
+}
