@@ -227,14 +227,25 @@ impl Env {
         Ok(())
     }
 
-    /// The last lines of the environment's logs that hold one of `words` (a pod's id,
+    fn log(&self, daemon: &str) -> PathBuf {
+        self.dir.join(format!("log/{daemon}.log"))
+    }
+
+    /// Where the daemons' logs end now.
+    pub fn log_mark(&self) -> LogMark {
+        LogMark(DAEMONS.map(|name| {
+            fs::metadata(self.log(name)).map_or(0, |log| usize::try_from(log.len()).unwrap_or(0))
+        }))
+    }
+
+    /// The last lines since `since` of the environment's logs that hold one of `words` (a pod's id,
     /// its name) or are errors, and the machines' consoles.
-    pub fn log_tail(&self, words: &[String]) -> String {
+    pub fn log_tail(&self, since: &LogMark, words: &[String]) -> String {
         const LINES: usize = 40;
         let mut tail = String::new();
-        for name in ["containerd", "libvirtd"] {
-            let text = fs::read(self.dir.join(format!("log/{name}.log"))).unwrap_or_default();
-            let text = String::from_utf8_lossy(&text);
+        for (name, length) in DAEMONS.iter().zip(since.0) {
+            let text = fs::read(self.log(name)).unwrap_or_default();
+            let text = String::from_utf8_lossy(text.get(length..).unwrap_or_default());
             let told: Vec<&str> = text
                 .lines()
                 .filter(|line| {
@@ -246,7 +257,7 @@ impl Env {
             let from = told.len().saturating_sub(LINES);
             tail.push_str(&format!("--- {name}.log\n{}\n", told[from..].join("\n")));
         }
-        for console in consoles(&self.dir.join("dyad/run")) {
+        for console in consoles(&self.dir.join("dyad")) {
             let text = fs::read(&console).unwrap_or_default();
             let text = String::from_utf8_lossy(&text);
             let lines: Vec<&str> = text.lines().collect();
@@ -260,6 +271,13 @@ impl Env {
         tail
     }
 }
+
+/// What `hack/up` starts.
+const DAEMONS: [&str; 2] = ["containerd", "libvirtd"];
+
+/// A place in the daemons' logs.
+#[derive(Debug)]
+pub struct LogMark([usize; 2]);
 
 /// The machines' console logs below Dyad's state folder.
 fn consoles(dir: &Path) -> Vec<PathBuf> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, bail};
 use dyad_e2e::command::Done;
 use dyad_e2e::crictl::{ContainerStatus, Crictl, PodStatus};
-use dyad_e2e::env::Env;
+use dyad_e2e::env::{Env, LogMark};
 use dyad_e2e::host::CGROUP_PARENT;
 use dyad_e2e::logs::Logs;
 use dyad_e2e::wait::until;
@@ -68,6 +68,7 @@ pub struct Context<'a> {
     /// Names and ids by which a log tells of this trial's pods.
     words: Mutex<Vec<String>>,
     folders: Mutex<Vec<PathBuf>>,
+    since: LogMark,
 }
 
 impl<'a> Context<'a> {
@@ -80,6 +81,7 @@ impl<'a> Context<'a> {
             pods: Mutex::default(),
             words: Mutex::default(),
             folders: Mutex::default(),
+            since: env.log_mark(),
         }
     }
 
@@ -101,7 +103,7 @@ impl<'a> Context<'a> {
     }
 
     fn logs(&self) -> String {
-        self.env.log_tail(&locked(&self.words))
+        self.env.log_tail(&self.since, &locked(&self.words))
     }
 
     fn clean(&self) -> Result<()> {

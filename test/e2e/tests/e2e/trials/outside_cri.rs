@@ -27,7 +27,10 @@ fn ctr(context: &Context<'_>, args: &[&str]) -> Result<Done> {
 
 /// The test image in this namespace too.
 fn import(context: &Context<'_>) -> Result<()> {
-    let folder = context.folder(&format!("image-{}", context.handler.name()))?;
+    let folder = context.folder(&format!(
+        "image-{}",
+        std::thread::current().name().unwrap_or_default()
+    ))?;
     let tar = folder.join("busybox.tar").display().to_string();
     context
         .env
