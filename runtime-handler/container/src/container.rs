@@ -108,6 +108,7 @@ impl Container {
         {
             log::warn!("{}: {}", self.facts.id, error.chain());
         }
+        self.runtime.finish();
         if !mounts.is_empty()
             && let Err(error) = rootfs::unmount_all(&self.facts.bundle.join("rootfs"))
         {
@@ -579,6 +580,7 @@ impl Instance for Container {
         self.kill(&init).await?;
         init.process.drain().await;
         self.delete_state().await?;
+        self.runtime.finish();
         rootfs::unmount_all(&self.facts.bundle.join("rootfs"))?;
         *lock(&self.init) = None;
         lock(&self.execs).clear();

@@ -10,7 +10,7 @@ use dyad_runtime_handler::config::{ContainerConfig, Kind};
 use dyad_runtime_handler::error::{Error, Result};
 use dyad_runtime_handler::handler::{ContainerRef, EventSender, Instance, RuntimeHandler};
 use dyad_runtime_handler::reaper::Reaper;
-use dyad_runtime_handler::spec::ContainerSpec;
+use dyad_runtime_handler::spec::{ContainerSpec, Role};
 use serde::Deserialize;
 use tokio::sync::OnceCell;
 
@@ -34,8 +34,9 @@ pub struct Containers {
 }
 
 impl Containers {
-    /// A handler that keeps the OCI runtime's state in `oci_root`, in a directory for
-    /// each containerd namespace, and sends its events to `events`. Runs nothing yet.
+    /// A handler that keeps the OCI runtime's state in `oci_root`, below it in
+    /// `<containerd namespace>/<sandbox id>`, and sends its events to `events`. Runs
+    /// nothing yet.
     #[expect(clippy::new_ret_no_self, reason = "callers hold any kind of handler")]
     pub fn new(
         config: ContainerConfig,
@@ -61,7 +62,14 @@ impl Containers {
         Ok(self.hierarchies.get_or_init(|| found))
     }
 
-    async fn runtime(&self, containerd_namespace: &str, spec_version: &str) -> Result<Runtime> {
+    /// The OCI runtime's state of a pod, which so is known whole when its shim is dead.
+    fn pod_root(&self, containerd_namespace: &str, sandbox_id: &str) -> Result<PathBuf> {
+        check_name("containerd namespace", containerd_namespace)?;
+        check_name("sandbox id", sandbox_id)?;
+        Ok(self.oci_root.join(containerd_namespace).join(sandbox_id))
+    }
+
+    async fn runtime(&self, pod_root: PathBuf, spec_version: &str) -> Result<Runtime> {
         let need = Need::new(spec_version, self.hierarchies()?);
         // Beside the state of the namespaces, whose names are not ours.
         let cache = self.oci_root.with_file_name("oci-runtime.json");
@@ -69,7 +77,7 @@ impl Containers {
         let binary = self.binary.get_or_try_init(choose).await?;
         Ok(Runtime::new(
             binary.clone(),
-            self.oci_root.join(containerd_namespace),
+            pod_root,
             Arc::clone(&self.reaper),
         ))
     }
@@ -83,10 +91,8 @@ impl RuntimeHandler for Containers {
 
     async fn create(&self, spec: ContainerSpec) -> Result<Arc<dyn Instance>> {
         check_name("container id", &spec.id)?;
-        check_name("containerd namespace", &spec.containerd_namespace)?;
-        let runtime = self
-            .runtime(&spec.containerd_namespace, spec.oci.version())
-            .await?;
+        let root = self.pod_root(&spec.containerd_namespace, &spec.pod.sandbox_id)?;
+        let runtime = self.runtime(root, spec.oci.version()).await?;
         let hierarchies = Arc::clone(self.hierarchies()?);
         let container = Container::create(spec, runtime, hierarchies, self.events.clone()).await?;
         Ok(Arc::new(container))
@@ -94,17 +100,45 @@ impl RuntimeHandler for Containers {
 
     async fn cleanup(&self, container: &ContainerRef) -> Result<()> {
         check_name("container id", &container.id)?;
-        check_name("containerd namespace", &container.containerd_namespace)?;
-        let config = LeftConfig::read(&container.bundle);
-        let left = self.clean_processes(container, &config).await;
-        let mounted = rootfs::unmount_all(&container.bundle.join("rootfs"));
-        left.and(mounted)
+        let root = self.pod_root(&container.containerd_namespace, &container.sandbox_id)?;
+        let mut cleaned = Ok(());
+        if container.role == Role::Sandbox {
+            // With task API v3 nobody asks for the pod's other containers. containerd
+            // keeps their bundles beside this one, if it still has them.
+            let bundles = container.bundle.parent().unwrap_or(Path::new("/"));
+            for id in states_in(&root)
+                .into_iter()
+                .filter(|id| *id != container.id)
+            {
+                let bundle = bundles.join(&id);
+                cleaned = cleaned.and(self.clean(&root, &id, &bundle).await);
+            }
+        }
+        let own = self.clean(&root, &container.id, &container.bundle);
+        let cleaned = cleaned.and(own.await);
+        // The last one closes the door; others of the pod may still be there.
+        let _ = fs::remove_dir(&root);
+        cleaned
     }
 }
 
+/// Ids of the containers that have state in `root`.
+fn states_in(root: &Path) -> Vec<String> {
+    let entries = fs::read_dir(root).into_iter().flatten();
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|id| check_name("container id", id).is_ok())
+        .collect()
+}
+
 impl Containers {
-    async fn clean_processes(&self, container: &ContainerRef, config: &LeftConfig) -> Result<()> {
-        let id = &container.id;
+    async fn clean(&self, root: &Path, id: &str, bundle: &Path) -> Result<()> {
+        let processes = self.clean_processes(root, id, bundle).await;
+        processes.and(rootfs::unmount_all(&bundle.join("rootfs")))
+    }
+
+    async fn clean_processes(&self, root: &Path, id: &str, bundle: &Path) -> Result<()> {
+        let config = LeftConfig::read(bundle);
         let cgroups_path = config.linux.cgroups_path.as_deref();
         let cgroup = cgroups_path.and_then(|path| self.hierarchies().ok()?.at(path).ok());
         // First all at once: the OCI runtime would kill init and look for its end every
@@ -115,20 +149,13 @@ impl Containers {
                 Err(error) => log::warn!("{id}: {}", error.chain()),
             }
         }
-        let state = self.oci_root.join(&container.containerd_namespace).join(id);
-        if state.exists() {
+        if root.join(id).exists() {
             let version = config.version.as_deref().unwrap_or(OLDEST_SPEC);
-            let runtime = self
-                .runtime(&container.containerd_namespace, version)
-                .await?;
-            let dir = if container.bundle.is_dir() {
-                container.bundle.clone()
-            } else {
-                runtime.root().to_owned()
-            };
+            let runtime = self.runtime(root.to_owned(), version).await?;
+            let dir = if bundle.is_dir() { bundle } else { root };
             let systemd = cgroups_path.is_some_and(is_systemd);
             runtime
-                .run(Command::Delete { id }, id, systemd, &dir, Input::None)
+                .run(Command::Delete { id }, id, systemd, dir, Input::None)
                 .await?;
         }
         match cgroup {

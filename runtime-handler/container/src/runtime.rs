@@ -14,7 +14,7 @@ use dyad_runtime_handler::reaper::{Reaper, Waiter};
 
 use crate::command::{Command, Global, classify, error_in_log};
 
-/// An OCI runtime with the state directory of one containerd namespace.
+/// An OCI runtime with the state directory of one pod.
 #[derive(Debug)]
 pub(crate) struct Runtime {
     binary: PathBuf,
@@ -184,9 +184,9 @@ impl Runtime {
         fs::create_dir_all(&self.root).context(|| format!("make {}", self.root.display()))
     }
 
-    /// The state directory.
-    pub(crate) fn root(&self) -> &Path {
-        &self.root
+    /// Removes the state directory, unless another container of the pod has state there.
+    pub(crate) fn finish(&self) {
+        let _ = fs::remove_dir(&self.root);
     }
 }
 

@@ -8,8 +8,8 @@ use std::time::Duration;
 use common::{BOUND, Pod, cgroups_named, read_now, read_until, run};
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::cgroup::Hierarchies;
-use dyad_runtime_handler::handler::Event;
-use dyad_runtime_handler::spec::{Resources, Stdio};
+use dyad_runtime_handler::handler::{ContainerRef, Event};
+use dyad_runtime_handler::spec::{Resources, Role, Stdio};
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -420,5 +420,27 @@ fn what_a_dead_shim_left_is_cleaned_up_by_name() {
             pod.assert_nothing_left();
             pod.handler.cleanup(&pod.reference()).await.expect("again");
         }
+    });
+}
+
+#[test]
+fn cleaning_up_a_sandbox_takes_all_containers_of_its_pod_along() {
+    run(|reaper| async move {
+        let mut pod = Pod::new(reaper, "echo ready; sleep 1000");
+        pod.sandbox_id = "the-sandbox".into();
+        let (container, ends) = pod.start().await;
+        read_until(&ends.stdout, "ready\n").await;
+        drop(container);
+        let other = ContainerRef {
+            id: pod.sandbox_id.clone(),
+            role: Role::Sandbox,
+            // Its bundle is gone, and so is what lies beside it.
+            bundle: pod.temp.path().join("gone/the-sandbox"),
+            ..pod.reference()
+        };
+        pod.handler.cleanup(&other).await.unwrap();
+        assert!(cgroups_named(&pod.id).is_empty());
+        pod.handler.cleanup(&pod.reference()).await.unwrap();
+        pod.assert_nothing_left();
     });
 }

@@ -83,6 +83,8 @@ fn on_path(name: &str) -> Option<PathBuf> {
 /// One container's bundle, FIFOs and handler.
 pub struct Pod {
     pub id: String,
+    /// Its own id, unless changed.
+    pub sandbox_id: String,
     pub handler: Arc<dyn RuntimeHandler>,
     pub events: UnboundedReceiver<Event>,
     pub spec: Value,
@@ -137,6 +139,7 @@ impl Pod {
             },
         });
         Self {
+            sandbox_id: id.clone(),
             id,
             handler,
             events,
@@ -189,7 +192,10 @@ impl Pod {
                 id: self.id.clone(),
                 containerd_namespace: NAMESPACE.into(),
                 role: Role::Container,
-                pod: PodInfo::default(),
+                pod: PodInfo {
+                    sandbox_id: self.sandbox_id.clone(),
+                    ..PodInfo::default()
+                },
                 bundle,
                 rootfs: vec![RootMount {
                     fstype: "bind".into(),
@@ -246,7 +252,7 @@ impl Pod {
         ContainerRef {
             id: self.id.clone(),
             containerd_namespace: NAMESPACE.into(),
-            sandbox_id: self.id.clone(),
+            sandbox_id: self.sandbox_id.clone(),
             role: Role::Container,
             bundle: self.bundle(),
         }
@@ -276,7 +282,12 @@ impl Drop for Pod {
         if !std::thread::panicking() {
             return;
         }
-        let state = self.temp.path().join("oci").join(NAMESPACE);
+        let state = self
+            .temp
+            .path()
+            .join("oci")
+            .join(NAMESPACE)
+            .join(&self.sandbox_id);
         let mut runc = std::process::Command::new(runc());
         runc.arg("--root")
             .arg(state)
