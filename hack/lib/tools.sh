@@ -10,6 +10,9 @@ tool_packages() {
     crictl) printf 'sigs.k8s.io/cri-tools/cmd/crictl\n' ;;
     runc) printf 'github.com/opencontainers/runc\n' ;;
     cni) printf 'github.com/containernetworking/plugins/plugins/%s\n' main/bridge main/loopback ipam/host-local meta/portmap ;;
+    kubernetes) printf 'k8s.io/kubernetes/cmd/%s\n' kube-apiserver kube-controller-manager kube-scheduler kubelet kubectl ;;
+    # go names it after the folder above the version: server.
+    etcd) printf 'go.etcd.io/etcd/server/v3\n' ;;
     *) die "no such tool module: $1" ;;
     esac
 }
@@ -22,6 +25,8 @@ tool_flags() {
     containerd-2.3) printf '%s\n' -ldflags='-X github.com/containerd/containerd/v2/version.Version=2.3.4' ;;
     containerd-2.1) printf '%s\n' -ldflags='-X github.com/containerd/containerd/v2/version.Version=2.1.5' ;;
     containerd-1.7) printf '%s\n' -ldflags='-X github.com/containerd/containerd/version.Version=1.7.29' ;;
+    kubernetes) printf '%s\n' -ldflags='-s -w -X k8s.io/component-base/version.gitVersion=v1.36.0' ;;
+    etcd) printf '%s\n' -ldflags='-s -w' ;;
     esac
 }
 
@@ -46,6 +51,8 @@ build_go_tool() {
     mapfile -t flags < <(tool_flags "$module")
     mapfile -t packages < <(tool_packages "$module")
     mkdir -p "$folder"
+    # Static where the host's C library is not needed.
+    case $module in kubernetes | etcd) export CGO_ENABLED=0 ;; esac
     (cd "$DYAD_REPO/hack/tools/$module" &&
         nice -n 10 go build -trimpath "${flags[@]}" -o "$folder/" "${packages[@]}" >&2)
     touch "$folder/.complete"
