@@ -10,6 +10,7 @@
 
 pub mod accelerator;
 mod cgroup;
+pub mod check;
 mod container;
 pub mod domain;
 pub mod events;

@@ -103,6 +103,20 @@ struct Watch {
     changes: mpsc::UnboundedSender<Change>,
 }
 
+/// What answers at a URI.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Versions {
+    /// The daemon's libvirt: `9.0.0`.
+    pub libvirt: String,
+    /// Its QEMU.
+    pub qemu: String,
+}
+
+/// libvirt's numbers: major * 1,000,000 + minor * 1,000 + release.
+fn version(number: u32) -> String {
+    format!("{}.{}.{}", number / 1_000_000, number / 1000 % 1000, number % 1000)
+}
+
 impl Libvirt {
     /// libvirt at `uri`; connects at the first call.
     pub fn new(uri: impl Into<String>) -> Self {
@@ -300,6 +314,20 @@ impl Libvirt {
     pub async fn capabilities(&self) -> Result<String, LibvirtError> {
         self.call("read capabilities", Uuid::nil(), Connect::get_capabilities)
             .await
+    }
+
+    /// Which libvirt and which QEMU answer.
+    ///
+    /// # Errors
+    /// libvirt cannot be reached.
+    pub async fn versions(&self) -> Result<Versions, LibvirtError> {
+        self.call("read versions", Uuid::nil(), |connection| {
+            Ok(Versions {
+                libvirt: version(connection.get_lib_version()?),
+                qemu: version(connection.get_hyp_version()?),
+            })
+        })
+        .await
     }
 
     async fn on_domain<T: Send + 'static>(

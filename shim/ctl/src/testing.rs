@@ -136,8 +136,8 @@ impl FakeShim {
 
     /// Ends it as a crash would: no file is removed.
     pub async fn end(mut self) {
-        self.server.disconnect().await;
         self.server.stop_listen().await;
+        drop(self.server);
     }
 }
 

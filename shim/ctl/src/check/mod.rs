@@ -111,17 +111,20 @@ async fn look(options: &Options, endpoint: &str) -> Vec<Line> {
     lines
 }
 
-/// The configurations to check: each handler's, or where none is known, the one that
-/// dyadctl was given.
+/// The configurations to check: each handler's, and the one that dyadctl was given where
+/// it is none of those.
 fn sources(options: &Options, found: Option<&containerd::Found>) -> Vec<(Option<String>, Source)> {
-    let handlers = found.map_or(&[][..], |found| &found.handlers);
-    if handlers.is_empty() || options.config.is_some() {
-        return vec![(None, source(options))];
-    }
-    handlers
+    let mut sources: Vec<_> = found
+        .map_or(&[][..], |found| &found.handlers)
         .iter()
         .map(|handler| (Some(handler.name.clone()), handler.config.clone()))
-        .collect()
+        .collect();
+    let given = source(options);
+    let is_new = sources.iter().all(|(_, source)| *source != given);
+    if sources.is_empty() || (options.config.is_some() && is_new) {
+        sources.push((None, given));
+    }
+    sources
 }
 
 fn described(source: &Source, config: &Config) -> String {
@@ -140,6 +143,11 @@ async fn container(config: &Config) -> Vec<Check> {
         Ok(checks) => checks,
         Err(error) => vec![Check::fail("oci runtime", error.to_string(), "")],
     }
+}
+
+/// What a program said may be several.
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 fn print(lines: &[Line], printer: Printer) -> String {
@@ -164,7 +172,7 @@ fn print(lines: &[Line], printer: Printer) -> String {
             "{}{pad}  {:<width$}  {}\n",
             printer.word(word, style),
             printable(&name(line)),
-            printable(&line.check.found)
+            printable(&one_line(&line.check.found))
         ));
         if !line.check.mend.is_empty() {
             text.push_str(&format!(
