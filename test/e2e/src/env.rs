@@ -100,6 +100,9 @@ impl Env {
         up.args(["--containerd", self.version.number()]);
         if build == Build::AsIs {
             up.arg("--no-build");
+            if let Some(profile) = std::env::var_os("DYAD_E2E_PROFILE") {
+                up.arg("--profile").arg(profile);
+            }
         }
         command::run(&mut up, b"", UP_TIMEOUT)?.success("hack/up")?;
         Ok(())
@@ -111,7 +114,7 @@ impl Env {
     /// `hack/down` failed; the text holds its output.
     pub fn down(&self) -> Result<()> {
         command::run(&mut self.hack("down"), b"", DOWN_TIMEOUT)?.success("hack/down")?;
-        crate::host::remove_cgroup_parent();
+        crate::host::remove_cgroup_parent(&self.dir);
         Ok(())
     }
 

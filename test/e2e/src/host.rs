@@ -1,8 +1,8 @@
 //! Snapshots of what an environment has on the host: what a pod must not leave.
 //!
-//! Other environments may live on the same host. What is theirs is told apart by
-//! the mark that `hack/up` gives every daemon (`DYAD_ENVIRONMENT=<folder>`, handed
-//! down to shims and QEMU) and by the folder in mounts and command lines.
+//! Other environments may live on the same host. What is this one's is told by the mark
+//! that `hack/up` gives every daemon (`DYAD_ENVIRONMENT=<folder>`, handed down to
+//! shims), by the folder in mounts and command lines, and by the pods' cgroup parent.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,37 +20,65 @@ const SETTLE: Duration = Duration::from_secs(20);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
     dir: PathBuf,
+    known: Known,
     lines: BTreeSet<String>,
+}
+
+/// Names that are the environment's, as its folder tells while it is there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Known {
+    /// Machines that its libvirtd has started.
+    machines: BTreeSet<String>,
+    /// The CNI configuration, which names its bridge.
+    network: String,
+}
+
+impl Known {
+    fn update(&mut self, dir: &Path) {
+        let logs = entries(dir.join("libvirt/log/qemu"));
+        self.machines.extend(
+            logs.iter()
+                .filter_map(|log| log.file_stem())
+                .map(|name| name.to_string_lossy().into_owned()),
+        );
+        if let Ok(text) = fs::read_to_string(dir.join("etc/cni/net.d/10-dyad.conflist")) {
+            self.network = text;
+        }
+    }
 }
 
 impl Snapshot {
     /// What the environment in `dir` has now.
     pub fn take(dir: &Path) -> Self {
+        Self::with(dir, Known::default())
+    }
+
+    fn with(dir: &Path, mut known: Known) -> Self {
+        known.update(dir);
         let mut lines = BTreeSet::new();
-        let processes = Processes::read(dir);
-        lines.extend(processes.ours.iter().map(|line| format!("process {line}")));
+        lines.extend(processes(dir));
         lines.extend(mounts(dir));
-        lines.extend(links());
-        lines.extend(cgroups(&processes.foreign));
+        lines.extend(links(&known.network));
+        lines.extend(cgroups(dir, &known.machines));
         lines.extend(loop_devices(dir));
-        lines.extend(stale_shim_sockets());
-        for folder in [
-            dir,
-            Path::new("/run/dyad"),
-            Path::new("/var/lib/dyad"),
-            Path::new("/var/lib/cni"),
-        ] {
+        for folder in [dir, Path::new("/run/dyad"), Path::new("/var/lib/dyad")] {
             files(folder, dir, &mut lines);
         }
         Self {
             dir: dir.to_path_buf(),
+            known,
             lines,
         }
     }
 
+    /// Remembers what belongs to the environment, before the folder that tells it goes.
+    pub fn remember(&mut self) {
+        self.known.update(&self.dir);
+    }
+
     /// What is there now and was not when this snapshot was taken.
     pub fn new_since(&self) -> Vec<String> {
-        let now = Self::take(&self.dir);
+        let now = Self::with(&self.dir, self.known.clone());
         now.lines.difference(&self.lines).cloned().collect()
     }
 
@@ -77,49 +105,41 @@ impl Snapshot {
     }
 }
 
-struct Processes {
-    /// `pid command line` of each of ours.
-    ours: Vec<String>,
-    /// Pids that carry another environment's mark.
-    foreign: BTreeSet<String>,
-}
-
-impl Processes {
-    fn read(dir: &Path) -> Self {
-        let dir = dir.to_string_lossy();
-        let (mut ours, mut foreign) = (Vec::new(), BTreeSet::new());
-        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-            let pid = entry.file_name().to_string_lossy().into_owned();
-            if !pid.bytes().all(|byte| byte.is_ascii_digit())
-                || pid == std::process::id().to_string()
-            {
-                continue;
-            }
-            let read = |name: &str| {
-                let bytes = fs::read(entry.path().join(name)).unwrap_or_default();
-                String::from_utf8_lossy(&bytes).replace('\0', " ")
-            };
-            let environ = read("environ");
-            let mark = environ
-                .split(' ')
-                .find_map(|entry| entry.strip_prefix("DYAD_ENVIRONMENT="));
-            let command = read("cmdline");
+/// `pid command line` of each of the environment's processes.
+fn processes(dir: &Path) -> Vec<String> {
+    let dir = dir.to_string_lossy();
+    let (mark, inside) = (format!("DYAD_ENVIRONMENT={dir}"), format!("{dir}/"));
+    let mut found = Vec::new();
+    for folder in entries("/proc") {
+        let pid = folder
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        if !pid.bytes().all(|byte| byte.is_ascii_digit()) || pid == std::process::id().to_string() {
+            continue;
+        }
+        let read = |name: &str| {
+            let bytes = fs::read(folder.join(name)).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).replace('\0', " ")
+        };
+        let command = read("cmdline");
+        // The line of a container's root names the folder of its snapshots.
+        let root_is_inside = || {
             let mounts = read("mountinfo");
-            // The line of a container's root names the folder of its snapshots.
             let root = mounts
                 .lines()
-                .find(|line| line.split(' ').nth(4) == Some("/"))
-                .unwrap_or_default();
-            let inside = format!("{dir}/");
-            let is_pods = root.contains("/io.containerd.") || command.contains("qemu-system-");
-            if mark == Some(&dir) || command.contains(&inside) || root.contains(&inside) {
-                ours.push(format!("{pid} {command}"));
-            } else if mark.is_some() || is_pods {
-                foreign.insert(pid);
-            }
+                .find(|line| line.split(' ').nth(4) == Some("/"));
+            root.is_some_and(|line| line.contains(&inside))
+        };
+        if command.contains(&inside)
+            || read("environ").split(' ').any(|entry| entry == mark)
+            || root_is_inside()
+        {
+            found.push(format!("process {pid} {command}"));
         }
-        Self { ours, foreign }
     }
+    found
 }
 
 fn mounts(dir: &Path) -> Vec<String> {
@@ -132,90 +152,91 @@ fn mounts(dir: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Network interfaces of the host's namespace, without those that hang on another
+/// Network interfaces of the host's namespace: bridges, taps, and what hangs on the
 /// environment's bridge. A pod's own namespace shows as a mount.
-fn links() -> Vec<String> {
+fn links(network: &str) -> Vec<String> {
     let mut links = Vec::new();
-    for entry in fs::read_dir("/sys/class/net")
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let master = fs::read_link(entry.path().join("master"))
+    for folder in entries("/sys/class/net") {
+        let name = folder
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let master = fs::read_link(folder.join("master"))
             .ok()
-            .and_then(|link| {
-                link.file_name()
-                    .map(|name| name.to_string_lossy().into_owned())
-            });
-        links.push(format!(
-            "link {name}{}",
-            master.map_or_else(String::new, |name| format!(" on {name}"))
-        ));
+            .and_then(|link| Some(link.file_name()?.to_string_lossy().into_owned()));
+        let is_ours = match &master {
+            Some(master) => network.contains(master.as_str()),
+            // Another environment's bridge comes and goes as it likes.
+            None => !name.starts_with("dyad") || network.contains(&name),
+        };
+        if is_ours {
+            links.push(format!("link {name}"));
+        }
     }
     links
 }
 
-/// cgroups of pods and machines in every hierarchy, without those that hold another
-/// environment's processes.
-fn cgroups(foreign: &BTreeSet<String>) -> Vec<String> {
+/// cgroups of the environment's pods and machines, in every hierarchy.
+fn cgroups(dir: &Path, machines: &BTreeSet<String>) -> Vec<String> {
+    let parent = cgroup_parent(dir);
     let mut found = Vec::new();
-    let root = Path::new("/sys/fs/cgroup");
-    let mut tops = vec![root.to_path_buf()];
-    // cgroup v1: one hierarchy a folder.
-    tops.extend(
-        subfolders(root)
-            .into_iter()
-            .filter(|path| path.join("cgroup.procs").exists()),
-    );
-    for top in tops {
-        for folder in subfolders(&top) {
-            let name = folder
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
-            if [
-                "k8s.io",
-                "machine",
-                "machine.slice",
-                "dyad",
-                "default",
-                CGROUP_PARENT,
-            ]
-            .contains(&name.as_str())
-            {
-                walk_cgroup(&folder, foreign, &mut found);
-            }
+    for top in hierarchies() {
+        leaves(&top.join(&parent), &mut found);
+        // Where libvirt keeps a machine until it is moved into its pod's.
+        for folder in ["machine", "machine.slice"] {
+            let mut of_libvirt = Vec::new();
+            leaves(&top.join(folder), &mut of_libvirt);
+            found.extend(of_libvirt.into_iter().filter(|path| {
+                let path = path.to_string_lossy().replace("\\x2d", "-");
+                machines
+                    .iter()
+                    .any(|machine| path.contains(machine.as_str()))
+            }));
         }
     }
     found
+        .iter()
+        .filter(|path| !path.ends_with(&parent))
+        .map(|path| format!("cgroup {}", path.display()))
+        .collect()
 }
 
-/// The cgroup below which the tests' pods have theirs; it stays until
-/// [`remove_cgroup_parent`].
-pub const CGROUP_PARENT: &str = "dyad-e2e";
-
-/// Removes [`CGROUP_PARENT`] where it is empty.
-pub fn remove_cgroup_parent() {
-    let root = Path::new("/sys/fs/cgroup");
-    for top in subfolders(root).into_iter().chain([root.to_path_buf()]) {
-        // In use by another run, or not there.
-        let _ = fs::remove_dir(top.join(CGROUP_PARENT));
+/// cgroup v2's only one, or v1's, a folder each.
+fn hierarchies() -> Vec<PathBuf> {
+    let root = PathBuf::from("/sys/fs/cgroup");
+    if root.join("cgroup.procs").exists() {
+        return vec![root];
     }
+    subfolders(&root)
 }
 
-fn walk_cgroup(folder: &Path, foreign: &BTreeSet<String>, found: &mut Vec<String>) {
-    let procs = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
-    if procs.lines().any(|pid| foreign.contains(pid)) {
+/// Folders without folders in them.
+fn leaves(folder: &Path, found: &mut Vec<PathBuf>) {
+    if !folder.exists() {
         return;
     }
     let below = subfolders(folder);
-    if below.is_empty() && !folder.ends_with(CGROUP_PARENT) {
-        found.push(format!("cgroup {}", folder.display()));
+    if below.is_empty() {
+        found.push(folder.to_path_buf());
     }
     for folder in below {
-        walk_cgroup(&folder, foreign, found);
+        leaves(&folder, found);
+    }
+}
+
+/// The cgroup below which the pods of the environment in `dir` have theirs. It stays
+/// until [`remove_cgroup_parent`].
+pub fn cgroup_parent(dir: &Path) -> String {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    format!("pods-of-{}", name.replace('.', "-"))
+}
+
+/// Removes [`cgroup_parent`] where it is empty.
+pub fn remove_cgroup_parent(dir: &Path) {
+    for top in hierarchies() {
+        // Not there, or what is in it has been told of already.
+        let _ = fs::remove_dir(top.join(cgroup_parent(dir)));
     }
 }
 
@@ -230,7 +251,7 @@ fn subfolders(folder: &Path) -> Vec<PathBuf> {
 }
 
 fn loop_devices(dir: &Path) -> Vec<String> {
-    subfolders_of_links("/sys/block")
+    entries("/sys/block")
         .into_iter()
         .filter_map(|device| {
             let file = fs::read_to_string(device.join("loop/backing_file")).ok()?;
@@ -241,22 +262,12 @@ fn loop_devices(dir: &Path) -> Vec<String> {
         .collect()
 }
 
-fn subfolders_of_links(folder: &str) -> Vec<PathBuf> {
+fn entries(folder: impl AsRef<Path>) -> Vec<PathBuf> {
     fs::read_dir(folder)
         .into_iter()
         .flatten()
         .flatten()
         .map(|entry| entry.path())
-        .collect()
-}
-
-/// Sockets of shims that nobody listens on. Those that are served show as processes.
-fn stale_shim_sockets() -> Vec<String> {
-    let served = fs::read_to_string("/proc/net/unix").unwrap_or_default();
-    subfolders_of_links("/run/containerd/s")
-        .into_iter()
-        .filter(|path| !served.contains(&path.display().to_string()))
-        .map(|path| format!("socket {}", path.display()))
         .collect()
 }
 

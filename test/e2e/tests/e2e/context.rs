@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use dyad_e2e::command::Done;
 use dyad_e2e::crictl::{ContainerStatus, Crictl, PodStatus};
 use dyad_e2e::env::{Env, LogMark};
-use dyad_e2e::host::CGROUP_PARENT;
+use dyad_e2e::host::cgroup_parent;
 use dyad_e2e::logs::Logs;
 use dyad_e2e::wait::until;
 use libtest_mimic::Completion;
@@ -139,7 +139,7 @@ impl<'a> Context<'a> {
             "metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}")},
             "hostname": name,
             "log_directory": logs,
-            "linux": {"cgroup_parent": format!("/{CGROUP_PARENT}/{name}")},
+            "linux": {"cgroup_parent": format!("/{}/{name}", cgroup_parent(&self.env.dir))},
         })
     }
 

@@ -169,12 +169,10 @@ impl Stages {
             )
         };
         let result = match phase {
-            Phase::Up { env, before } if !self.keep => match Arc::try_unwrap(env) {
-                Ok(env) => env.down().and_then(|()| before.nothing_new("hack/down")),
-                Err(env) => env.down().and(Err(anyhow!(
-                    "a trial that was given up still holds the environment"
-                ))),
-            },
+            Phase::Up { env, mut before } if !self.keep => {
+                before.remember();
+                env.down().and_then(|()| before.nothing_new("hack/down"))
+            }
             Phase::Failed(why) => {
                 let _ = self.env(version).down();
                 Err(anyhow!("it never came up: {why}"))

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use dyad_e2e::env::Env;
-use dyad_e2e::host::CGROUP_PARENT;
+use dyad_e2e::host::cgroup_parent;
 
 use crate::cri::{
     ContainerConfig, ContainerMetadata, Cri, ImageSpec, LinuxPodSandboxConfig, PodSandboxConfig,
@@ -74,7 +74,7 @@ pub fn pod_config(env: &Env, name: &str) -> PodSandboxConfig {
         hostname: name.to_owned(),
         log_directory: env.dir.join("log/pods").join(name).display().to_string(),
         linux: Some(LinuxPodSandboxConfig {
-            cgroup_parent: format!("/{CGROUP_PARENT}/{name}"),
+            cgroup_parent: format!("/{}/{name}", cgroup_parent(&env.dir)),
         }),
     }
 }
