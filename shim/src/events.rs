@@ -293,11 +293,14 @@ fn encode(event: &TaskEvent) -> protobuf::Result<(&'static str, Any)> {
                 ..Default::default()
             },
         ),
-        TaskEvent::Delete { process, pid, exit } => any(
+        TaskEvent::Delete {
+            container,
+            pid,
+            exit,
+        } => any(
             topics::TASK_DELETE_EVENT_TOPIC,
             &proto::TaskDelete {
-                container_id: id(&process.container),
-                id: process.exec.clone().unwrap_or_default(),
+                container_id: id(container),
                 pid: *pid,
                 exit_status: exit.status,
                 exited_at: Some(timestamp(exit.at)).into(),

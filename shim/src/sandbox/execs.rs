@@ -277,11 +277,7 @@ impl Driver {
             pid: entry.phase.pid(),
             exit,
         };
-        self.publish(TaskEvent::Delete {
-            process: ProcessId::exec(container, exec),
-            pid: gone.pid,
-            exit,
-        });
+        // containerd's own shim tells only of the init process's delete.
         Ok(gone)
     }
 }

@@ -441,7 +441,7 @@ impl Driver {
         };
         let bundle = task.bundle.clone();
         self.publish(TaskEvent::Delete {
-            process: ProcessId::init(container),
+            container: container.to_owned(),
             pid: gone.pid,
             exit,
         });

@@ -112,10 +112,10 @@ pub enum TaskEvent {
         /// How.
         exit: Exit,
     },
-    /// A process was deleted.
+    /// A container was deleted.
     Delete {
-        /// Which.
-        process: ProcessId,
+        /// Its id.
+        container: String,
         /// Its last pid.
         pid: u32,
         /// How it ended.

@@ -107,7 +107,7 @@ impl TestPod {
             TaskEvent::Create { container, .. } => format!("create {container}"),
             TaskEvent::Start { container, .. } => format!("start {container}"),
             TaskEvent::Exit { process, exit, .. } => format!("exit {process} {}", exit.status),
-            TaskEvent::Delete { process, .. } => format!("delete {process}"),
+            TaskEvent::Delete { container, .. } => format!("delete {container}"),
             TaskEvent::ExecAdded { container, exec } => format!("exec-added {container}/{exec}"),
             TaskEvent::ExecStarted { container, exec, .. } => {
                 format!("exec-started {container}/{exec}")
@@ -156,7 +156,7 @@ async fn a_life_is_told_in_order_and_leaves_nothing() {
     let gone = pod.sandbox.delete(init()).await.unwrap();
     assert_eq!((gone.pid, gone.exit.status), (pid, 137));
     assert!(!launch_file(&pod.bundle("pod")).exists());
-    pod.expect_events(&["create pod", "start pod", "exit container pod 137", "delete container pod"])
+    pod.expect_events(&["create pod", "start pod", "exit container pod 137", "delete pod"])
         .await;
     assert!(matches!(pod.sandbox.state(init()).await, Err(Error::NotFound(_))));
     pod.sandbox.shutdown().await.unwrap();
@@ -228,7 +228,7 @@ async fn a_failed_start_can_only_be_deleted() {
     let again = pod.sandbox.run(ProcessId::init("pod")).await.unwrap_err();
     assert!(again.to_string().contains("can only be deleted"), "{again}");
     pod.sandbox.delete(ProcessId::init("pod")).await.unwrap();
-    pod.expect_events(&["create pod", "delete container pod"]).await;
+    pod.expect_events(&["create pod", "delete pod"]).await;
 }
 
 #[tokio::test]
@@ -266,7 +266,6 @@ async fn an_exec_lives_beside_init() {
         "exec-added c/e",
         "exec-started c/e",
         "exit exec e of container c 7",
-        "delete exec e of container c",
     ])
     .await;
 }
