@@ -141,6 +141,8 @@ impl Machine {
         .await;
         if let Err(error) = &made {
             debug!("machine {}: undoing: {}", record.uuid, error.chain());
+            // What was written last knows most.
+            let record = folder.load().ok().flatten().unwrap_or(record);
             if let Err(error) = remove(&libvirt, &folder, &record).await {
                 warn!("undo machine {}: {}", record.uuid, error.chain());
             }
