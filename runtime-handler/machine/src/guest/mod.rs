@@ -12,6 +12,8 @@
 
 mod convert;
 mod stdio;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
