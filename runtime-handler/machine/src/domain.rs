@@ -109,7 +109,9 @@ pub struct DomainPlan {
     pub pod_disk: PodDisk,
     /// In the order of the pod's interfaces.
     pub nics: Vec<Nic>,
-    /// Receives the serial console.
+    /// The serial console, for one client at a time.
+    pub console_socket: PathBuf,
+    /// Keeps what the serial console said.
     pub console_log: PathBuf,
 }
 
@@ -272,10 +274,12 @@ impl DomainPlan {
                 slot(w, 0x08 + index as u32)
             })?;
         }
-        element(w, "serial", &[("type", "file")], |w| {
-            let path = self.console_log.to_string_lossy();
+        element(w, "serial", &[("type", "unix")], |w| {
+            let socket = self.console_socket.to_string_lossy();
+            empty(w, "source", &[("mode", "bind"), ("path", socket.as_ref())])?;
+            let log = self.console_log.to_string_lossy();
             // Without append, libvirt truncates it when it restores a machine.
-            empty(w, "source", &[("path", path.as_ref()), ("append", "on")])?;
+            empty(w, "log", &[("file", log.as_ref()), ("append", "on")])?;
             empty(w, "target", &[("type", "isa-serial"), ("port", "0")])
         })?;
         element(w, "rng", &[("model", "virtio")], |w| {
@@ -444,6 +448,7 @@ mod tests {
                 mac: "0a:58:0a:58:00:05".into(),
                 mtu: 1450,
             }],
+            console_socket: "/run/dyad/m/11112222/console.sock".into(),
             console_log: "/var/lib/dyad/machines/11112222/console.log".into(),
         }
     }

@@ -1,5 +1,6 @@
 //! The machine kind's [`RuntimeHandler`].
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,7 +8,9 @@ use async_trait::async_trait;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::config::{Kind, MachineConfig};
 use dyad_runtime_handler::error::Result;
-use dyad_runtime_handler::handler::{ContainerRef, EventSender, Instance, RuntimeHandler};
+use dyad_runtime_handler::handler::{
+    ContainerRef, EventSender, Instance, MachineInfo, RuntimeHandler,
+};
 use dyad_runtime_handler::spec::{ContainerSpec, Role};
 
 use crate::container::{Container, ContainerInstance};
@@ -57,7 +60,7 @@ pub fn new(
 impl Machines {
     async fn create_sandbox(&self, spec: ContainerSpec) -> Result<Arc<dyn Instance>> {
         let name = format!("machine of pod {}", spec.pod.sandbox_id);
-        if self.machine().is_some_and(|machine| !machine.is_deleted()) {
+        if self.current().is_some_and(|machine| !machine.is_deleted()) {
             return Err(Error::AlreadyExists(name));
         }
         let machine = Machine::create(
@@ -72,7 +75,7 @@ impl Machines {
         Ok(Arc::new(Sandbox::new(machine)))
     }
 
-    fn machine(&self) -> Option<Arc<Machine>> {
+    fn current(&self) -> Option<Arc<Machine>> {
         self.machine
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -90,7 +93,7 @@ impl RuntimeHandler for Machines {
         match spec.role {
             Role::Sandbox => self.create_sandbox(spec).await,
             Role::Container => {
-                let machine = self.machine().ok_or_else(|| {
+                let machine = self.current().ok_or_else(|| {
                     Error::NotFound(format!("machine of pod {}", spec.pod.sandbox_id))
                 })?;
                 let container = Container::create(machine, spec).await?;
@@ -111,5 +114,16 @@ impl RuntimeHandler for Machines {
         }
         let record = folder.load()?.unwrap_or(bare);
         machine::remove(&self.libvirt, &folder, &record).await
+    }
+
+    fn machine(&self) -> Option<MachineInfo> {
+        self.current().map(|machine| machine.info())
+    }
+
+    async fn console(&self) -> Result<OwnedFd> {
+        let machine = self
+            .current()
+            .ok_or_else(|| Error::FailedPrecondition("the pod's machine is not made yet".into()))?;
+        machine.console()
     }
 }

@@ -13,7 +13,6 @@
 //! is already so succeeds; a call that finds libvirtd restarted is made once more on the
 //! new connection.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -114,7 +113,12 @@ pub struct Versions {
 
 /// libvirt's numbers: major * 1,000,000 + minor * 1,000 + release.
 fn version(number: u32) -> String {
-    format!("{}.{}.{}", number / 1_000_000, number / 1000 % 1000, number % 1000)
+    format!(
+        "{}.{}.{}",
+        number / 1_000_000,
+        number / 1000 % 1000,
+        number % 1000
+    )
 }
 
 impl Libvirt {
@@ -688,23 +692,37 @@ fn register_event(
 /// # Errors
 /// `/proc` cannot be read, or no such process is there.
 pub fn find_qemu(uuid: Uuid) -> std::io::Result<u32> {
-    let wanted = uuid.to_string();
     let mut pids: Vec<u32> = std::fs::read_dir("/proc")?
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .collect();
     // It was started a moment ago.
     pids.sort_unstable_by(|a, b| b.cmp(a));
-    for pid in pids {
-        let Ok(cmdline) = std::fs::read(PathBuf::from(format!("/proc/{pid}/cmdline"))) else {
-            continue;
-        };
-        let mut words = cmdline.split(|byte| *byte == 0);
-        if words.any(|word| word == b"-uuid") && words.next() == Some(wanted.as_bytes()) {
-            return Ok(pid);
-        }
-    }
-    Err(std::io::Error::new(
-        std::io::ErrorKind::NotFound,
-        format!("no QEMU process has UUID {uuid}"),
-    ))
+    let found = pids.into_iter().find(|pid| is_qemu(*pid, uuid));
+    found.ok_or_else(|| {
+        std::io::Error::new(
+            std::io::ErrorKind::NotFound,
+            format!("no QEMU process has UUID {uuid}"),
+        )
+    })
+}
+
+fn is_qemu(pid: u32, uuid: Uuid) -> bool {
+    let Ok(cmdline) = std::fs::read(format!("/proc/{pid}/cmdline")) else {
+        return false;
+    };
+    let mut words = cmdline.split(|byte| *byte == 0);
+    words.any(|word| word == b"-uuid") && words.next() == Some(uuid.to_string().as_bytes())
+}
+
+/// Sends SIGTERM to QEMU, if the pid is (still) that machine's; says whether it was.
+pub fn terminate_qemu(pid: u32, uuid: Uuid) -> bool {
+    let Ok(raw) = i32::try_from(pid) else {
+        return false;
+    };
+    is_qemu(pid, uuid)
+        && nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(raw),
+            nix::sys::signal::Signal::SIGTERM,
+        )
+        .is_ok()
 }

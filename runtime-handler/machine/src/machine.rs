@@ -11,6 +11,7 @@
 //! so. Whatever ends the machine ends every process in it, with the same status.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,14 +23,18 @@ use dyad_runtime_handler::Error;
 use dyad_runtime_handler::cgroup::Hierarchies;
 use dyad_runtime_handler::config::{Channel, MachineConfig};
 use dyad_runtime_handler::error::{Context, Result};
-use dyad_runtime_handler::handler::{Event, EventSender, Exit, MachineEvent, ProcessId};
+use dyad_runtime_handler::handler::{
+    Event, EventSender, Exit, MachineEvent, MachineInfo, ProcessId,
+};
 use dyad_runtime_handler::spec::ContainerSpec;
 use dyad_runtime_handler::stats::Stats;
 use log::{debug, info, warn};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use crate::domain::{AgentChannel, DomainPlan, ImageDisk, Nic, PodDisk};
+use crate::domain::{
+    Accelerator, AgentChannel, DomainPlan, ImageDisk, Nic, PodDisk, Size, domain_name,
+};
 use crate::events::{Change, Ending, Observed};
 use crate::guest::{Agent, GuestEvent};
 use crate::libvirt::{self, Libvirt};
@@ -50,6 +55,8 @@ const SHM_BYTES: u64 = 64 << 20;
 const POWER_OFF_PATIENCE: Duration = Duration::from_secs(10);
 /// libvirt's event follows QEMU's end at once; its destroy polls every 200 ms.
 const STOPPED_PATIENCE: Duration = Duration::from_secs(10);
+/// QEMU takes milliseconds; on a busy host more. Then libvirt kills it.
+const TERM_PATIENCE: Duration = Duration::from_secs(1);
 /// What a boot failure quotes of the console.
 const CONSOLE_LINES: usize = 15;
 /// A unix socket's address holds no more.
@@ -92,6 +99,10 @@ pub struct Machine {
     agent: Mutex<Agent>,
     events: EventSender,
     qemu_user: Option<QemuUser>,
+    size: Size,
+    accelerator: Accelerator,
+    /// The guest's `uname -r`, once it told.
+    kernel_release: Mutex<String>,
     network: NetworkPlan,
     sandbox: SandboxSpec,
     power: watch::Sender<Power>,
@@ -170,7 +181,7 @@ impl Machine {
         )?;
         check_readable("kernel", &config.kernel)?;
         check_readable("initramfs", &config.initramfs)?;
-        check_socket_path(&folder.agent_socket())?;
+        check_socket_path(&folder.console_socket())?;
 
         let capabilities = host::capabilities(&libvirt).await?;
         let accelerator = accelerator::choose(
@@ -226,6 +237,7 @@ impl Machine {
                     mtu: interface.mtu,
                 })
                 .collect(),
+            console_socket: folder.console_socket(),
             console_log: folder.console(),
         };
         libvirt.define(uuid, plan.to_xml()).await?;
@@ -247,6 +259,9 @@ impl Machine {
             channel,
             events,
             qemu_user: capabilities.qemu_user,
+            size: wanted.size,
+            accelerator,
+            kernel_release: Mutex::default(),
             network,
             sandbox,
             power: watch::Sender::new(Power::Off(None)),
@@ -639,6 +654,14 @@ impl Machine {
             return Ok(());
         }
         lock(&self.ended_by).get_or_insert(signal);
+        // libvirt's own way looks five times a second whether QEMU is gone; QEMU ends within
+        // milliseconds of SIGTERM, and libvirt sees that at once.
+        let told = self
+            .pid()
+            .is_some_and(|pid| libvirt::terminate_qemu(pid, self.record.uuid));
+        if told && self.await_off(TERM_PATIENCE).await {
+            return Ok(());
+        }
         self.libvirt.destroy(self.record.uuid).await?;
         if !self.await_off(STOPPED_PATIENCE).await {
             // The event may be lost with a libvirtd that died; its state is not.
@@ -718,6 +741,38 @@ impl Machine {
             Power::On { pid, .. } => Some(pid),
             Power::Off(_) => None,
         }
+    }
+
+    /// What people are told of it.
+    pub fn info(&self) -> MachineInfo {
+        MachineInfo {
+            uuid: self.record.uuid.to_string(),
+            domain: domain_name(self.record.uuid),
+            libvirt_uri: self.config.libvirt_uri.clone(),
+            accelerator: match self.accelerator {
+                Accelerator::Kvm => "kvm".into(),
+                Accelerator::Tcg => "tcg".into(),
+            },
+            vcpus: self.size.vcpus,
+            memory_bytes: self.size.memory_mib << 20,
+            kernel_release: lock(&self.kernel_release).clone(),
+        }
+    }
+
+    /// Opens its serial console.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` where it is powered off.
+    pub fn console(&self) -> Result<OwnedFd> {
+        if self.is_off() {
+            return Err(Error::FailedPrecondition(
+                "the machine is powered off, so its console is closed; start it first".into(),
+            ));
+        }
+        let socket = self.folder.console_socket();
+        let stream = std::os::unix::net::UnixStream::connect(&socket)
+            .context(|| format!("open the console {}", socket.display()))?;
+        Ok(stream.into())
     }
 
     /// The sandbox's id.

@@ -87,6 +87,11 @@ impl Folder {
         self.dir.join("console.log")
     }
 
+    /// The serial console.
+    pub fn console_socket(&self) -> PathBuf {
+        self.run_dir.join("console.sock")
+    }
+
     /// The agent's channel.
     pub fn agent_socket(&self) -> PathBuf {
         self.run_dir.join("agent.sock")
