@@ -16,6 +16,7 @@
 //!
 //! **Undoing.** A call that fails leaves nothing behind that it made.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -24,7 +25,7 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 
 use crate::config::Kind;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::spec::{ContainerSpec, ExecSpec, Resources, Role};
 use crate::stats::Stats;
 
@@ -125,6 +126,25 @@ pub struct ContainerRef {
     pub bundle: PathBuf,
 }
 
+/// What people are told of a pod's machine.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MachineInfo {
+    /// The domain's uuid.
+    pub uuid: String,
+    /// The domain's name.
+    pub domain: String,
+    /// The libvirt connection it lives in.
+    pub libvirt_uri: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// vCPUs now.
+    pub vcpus: u32,
+    /// Memory now.
+    pub memory_bytes: u64,
+    /// `uname -r` in the guest; empty while unknown.
+    pub kernel_release: String,
+}
+
 /// Runs one pod.
 #[async_trait]
 pub trait RuntimeHandler: Send + Sync {
@@ -145,6 +165,22 @@ pub trait RuntimeHandler: Send + Sync {
     /// # Errors
     /// What could not be removed.
     async fn cleanup(&self, container: &ContainerRef) -> Result<()>;
+
+    /// The pod's machine, from memory; `None` where there is none.
+    fn machine(&self) -> Option<MachineInfo> {
+        None
+    }
+
+    /// The machine's serial console: one descriptor, read and written, for one client
+    /// at a time; closing it detaches.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` where there is no console, or somebody has it.
+    async fn console(&self) -> Result<OwnedFd> {
+        Err(Error::FailedPrecondition(
+            "this pod has no machine, so no serial console: exec into a container instead".into(),
+        ))
+    }
 }
 
 /// One container of a pod, or the pod itself.

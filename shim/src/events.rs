@@ -25,8 +25,11 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use crate::rpc::convert::timestamp;
+use crate::rpc::lifecycle;
 use crate::sandbox::TaskEvent;
 
+/// Our own transitions.
+const TRANSITION_TOPIC: &str = "/dyad/lifecycle/transition";
 /// Events kept while containerd is away.
 const KEPT_MAX: usize = 1024;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -184,9 +187,7 @@ impl Worker {
                 let path = &self.destination.ttrpc_address;
                 let path = path.strip_prefix("unix://").unwrap_or(path);
                 match Client::connect(&format!("unix://{path}")).await {
-                    Ok(connection) => {
-                        self.client.insert(EventsClient::new(connection)).clone()
-                    }
+                    Ok(connection) => self.client.insert(EventsClient::new(connection)).clone(),
                     Err(error) => return Sent::Away(format!("connect to {path}: {error}")),
                 }
             }
@@ -195,7 +196,10 @@ impl Worker {
             envelope: Some(envelope).into(),
             ..Default::default()
         };
-        let sent = timeout(FORWARD_MAX, client.forward(ttrpc::context::Context::default(), &request));
+        let sent = timeout(
+            FORWARD_MAX,
+            client.forward(ttrpc::context::Context::default(), &request),
+        );
         match sent.await {
             Ok(Ok(_)) => Sent::Yes,
             Ok(Err(ttrpc::Error::RpcStatus(status))) => Sent::Refused(status.message),
@@ -286,7 +290,10 @@ fn encode(event: &TaskEvent) -> protobuf::Result<(&'static str, Any)> {
             &proto::TaskExit {
                 container_id: id(&process.container),
                 // containerd's clients expect the container's id for its init process.
-                id: process.exec.clone().unwrap_or_else(|| id(&process.container)),
+                id: process
+                    .exec
+                    .clone()
+                    .unwrap_or_else(|| id(&process.container)),
                 pid: *pid,
                 exit_status: exit.status,
                 exited_at: Some(timestamp(exit.at)).into(),
@@ -342,6 +349,14 @@ fn encode(event: &TaskEvent) -> protobuf::Result<(&'static str, Any)> {
                 ..Default::default()
             },
         ),
+        TaskEvent::Transition(transition) => Ok((
+            TRANSITION_TOPIC,
+            Any {
+                type_url: "dyad.lifecycle.v1.Transition".into(),
+                value: lifecycle::transition(transition).write_to_bytes()?,
+                ..Default::default()
+            },
+        )),
         TaskEvent::OutOfMemory { container } => any(
             topics::TASK_OOM_EVENT_TOPIC,
             &proto::TaskOOM {
@@ -353,10 +368,7 @@ fn encode(event: &TaskEvent) -> protobuf::Result<(&'static str, Any)> {
 }
 
 /// containerd's typeurl: the bare message name.
-fn any<M: MessageFull>(
-    topic: &'static str,
-    message: &M,
-) -> protobuf::Result<(&'static str, Any)> {
+fn any<M: MessageFull>(topic: &'static str, message: &M) -> protobuf::Result<(&'static str, Any)> {
     Ok((
         topic,
         Any {
@@ -424,7 +436,9 @@ mod tests {
         assert_eq!(envelope.namespace, "k8s.io");
         let event = envelope.event.unwrap();
         assert_eq!(event.type_url, "containerd.events.TaskStart");
-        proto::TaskStart::parse_from_bytes(&event.value).unwrap().pid
+        proto::TaskStart::parse_from_bytes(&event.value)
+            .unwrap()
+            .pid
     }
 
     #[tokio::test]

@@ -53,7 +53,11 @@ impl Log for FifoLogger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        let Some(mut fifo) = self.fifo.as_ref().filter(|_| self.enabled(record.metadata())) else {
+        let Some(mut fifo) = self
+            .fifo
+            .as_ref()
+            .filter(|_| self.enabled(record.metadata()))
+        else {
             return;
         };
         let line = line(record.level(), &record.args().to_string(), &self.fields);
@@ -102,7 +106,11 @@ pub fn rfc3339(at: SystemTime) -> String {
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_shifted = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_shifted + 2) / 5 + 1;
-    let month = if month_shifted < 10 { month_shifted + 3 } else { month_shifted - 9 };
+    let month = if month_shifted < 10 {
+        month_shifted + 3
+    } else {
+        month_shifted - 9
+    };
     let year = year_of_era + era * 400 + u64::from(month <= 2);
     format!(
         "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:09}Z",
@@ -134,7 +142,10 @@ mod tests {
     fn a_line_is_one_line_whatever_is_logged() {
         let text = line(Level::Warn, "a \"b\"\nc", " sandbox=x");
         assert_eq!(text.matches('\n').count(), 1);
-        assert!(text.contains(r#"level=warning msg="a \"b\"\nc" sandbox=x"#), "{text}");
+        assert!(
+            text.contains(r#"level=warning msg="a \"b\"\nc" sandbox=x"#),
+            "{text}"
+        );
     }
 
     #[test]

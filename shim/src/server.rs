@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use dyad_runtime_handler::error::Context as _;
@@ -48,7 +49,12 @@ pub fn serve(bundle: &Path, backend: Backend) -> Result<()> {
         true => log::LevelFilter::Debug,
         false => launch.config.log_level.into(),
     };
-    logger::init(bundle, level, &launch.containerd_namespace, &launch.sandbox_id);
+    logger::init(
+        bundle,
+        level,
+        &launch.containerd_namespace,
+        &launch.sandbox_id,
+    );
 
     let listener = listener_from_stdin()?;
     tokio::runtime::Builder::new_current_thread()
@@ -84,7 +90,7 @@ async fn run(launch: Launch, listener: UnixListener, backend: Backend) -> Result
         Pod {
             launch: launch.clone(),
         },
-        handler,
+        Arc::clone(&handler),
         commands,
         seen,
         events,
@@ -93,17 +99,14 @@ async fn run(launch: Launch, listener: UnixListener, backend: Backend) -> Result
 
     let listener = tokio::net::UnixListener::from_std(listener)
         .context(|| "watch the server's socket".into())?;
-    let listener =
-        Listener::try_from(listener).context(|| "serve the server's socket".into())?;
+    let listener = Listener::try_from(listener).context(|| "serve the server's socket".into())?;
     let mut server = Server::new()
         .add_listener(listener)
-        .register_service(rpc::services(&sandbox));
+        .register_service(rpc::services(&sandbox, &handler));
     server.start().await.context(|| "start serving".into())?;
 
-    let mut terminate =
-        signal(SignalKind::terminate()).context(|| "watch for SIGTERM".into())?;
-    let mut interrupt =
-        signal(SignalKind::interrupt()).context(|| "watch for SIGINT".into())?;
+    let mut terminate = signal(SignalKind::terminate()).context(|| "watch for SIGTERM".into())?;
+    let mut interrupt = signal(SignalKind::interrupt()).context(|| "watch for SIGINT".into())?;
     info!("serving {} pod {}", launch.kind, launch.sandbox_id);
     detach()?;
 
@@ -130,7 +133,10 @@ fn prepare_pod_dir(launch: &Launch) -> Result<()> {
     crate::bootstrap::socket::create_private_dir(&dir)?;
     match record::read(&dir)? {
         Found::Unreadable { kept_at, reason } => {
-            warn!("the pod's record was kept aside at {}: {reason}", kept_at.display());
+            warn!(
+                "the pod's record was kept aside at {}: {reason}",
+                kept_at.display()
+            );
         }
         Found::Nothing | Found::Record(_) => {}
     }

@@ -13,6 +13,7 @@ use crate::config::Config;
 
 /// CRI's annotations on every container (containerd: internal/cri/annotations).
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+const CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 const SANDBOX_NAME: &str = "io.kubernetes.cri.sandbox-name";
 const SANDBOX_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
@@ -25,6 +26,8 @@ pub struct Identity {
     pub sandbox_id: String,
     /// What it is in its pod.
     pub role: Role,
+    /// Kubernetes' name of the container; empty for the sandbox and outside CRI.
+    pub name: String,
     /// Whether CRI made it.
     pub cri: bool,
 }
@@ -73,6 +76,7 @@ impl Identity {
                 return Ok(Self {
                     sandbox_id: id.to_owned(),
                     role: Role::Sandbox,
+                    name: String::new(),
                     cri: false,
                 });
             }
@@ -97,6 +101,7 @@ impl Identity {
         Ok(Self {
             sandbox_id,
             role,
+            name: annotations.get(CONTAINER_NAME).cloned().unwrap_or_default(),
             cri: true,
         })
     }
@@ -167,7 +172,11 @@ mod tests {
         assert!(read_annotations(dir.path()).unwrap().is_empty());
         std::fs::write(dir.path().join("config.json"), "{").unwrap();
         assert!(read_annotations(dir.path()).is_err());
-        std::fs::write(dir.path().join("config.json"), r#"{"annotations":{"a":"b"}}"#).unwrap();
+        std::fs::write(
+            dir.path().join("config.json"),
+            r#"{"annotations":{"a":"b"}}"#,
+        )
+        .unwrap();
         assert_eq!(read_annotations(dir.path()).unwrap()["a"], "b");
     }
 }

@@ -180,8 +180,14 @@ mod tests {
         for (words, text) in [
             (&["-frobnicate", "start"][..], "unknown flag -frobnicate"),
             (&["-id"], "flag -id wants a value"),
-            (&["-id", "a", "-namespace", "b", "halt"], "unknown action \"halt\""),
-            (&["-id", "../a", "-namespace", "b", "start"], "-id: \"../a\""),
+            (
+                &["-id", "a", "-namespace", "b", "halt"],
+                "unknown action \"halt\"",
+            ),
+            (
+                &["-id", "../a", "-namespace", "b", "start"],
+                "-id: \"../a\"",
+            ),
             (&["-id", "a", "start"], "flag -namespace is missing"),
             (&["-debug=maybe", "start"], "-debug: \"maybe\""),
             (&[], "no action"),

@@ -47,5 +47,6 @@ pub fn info(backend: Backend) -> Result<Vec<u8>> {
         annotations: [("dyad.dev/kind".to_owned(), config.kind.to_string())].into(),
         ..Default::default()
     };
-    info.write_to_bytes().context(|| "encode the runtime info".into())
+    info.write_to_bytes()
+        .context(|| "encode the runtime info".into())
 }

@@ -293,11 +293,16 @@ mod tests {
 
     #[test]
     fn an_any_that_parses_as_bootstrap_params_is_still_an_any() {
-        let input = options_any("", "kind = \"machine\"").write_to_bytes().unwrap();
+        let input = options_any("", "kind = \"machine\"")
+            .write_to_bytes()
+            .unwrap();
         let read = start_input(&input, &command_line(), "/env").unwrap();
         assert_eq!(read.protocol, Protocol::Legacy);
         assert_eq!(read.ttrpc_address, "/env");
-        assert_eq!(read.options.source, Source::Body("kind = \"machine\"".into()));
+        assert_eq!(
+            read.options.source,
+            Source::Body("kind = \"machine\"".into())
+        );
     }
 
     #[test]

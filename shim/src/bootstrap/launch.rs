@@ -86,7 +86,11 @@ impl Launch {
 
     /// What it is in its pod.
     pub fn role(&self) -> Role {
-        if self.is_sandbox { Role::Sandbox } else { Role::Container }
+        if self.is_sandbox {
+            Role::Sandbox
+        } else {
+            Role::Container
+        }
     }
 
     /// How containerd dials the server.

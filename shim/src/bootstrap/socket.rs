@@ -20,7 +20,11 @@ const PATH_MAX_BYTES: usize = 107;
 /// `InvalidArgument` when the directory is too long for a unix socket.
 pub fn path(dir: &Path, containerd: &str, namespace: &str, sandbox_id: &str) -> Result<PathBuf> {
     let name = format!("{containerd}\n{namespace}\n{sandbox_id}");
-    let path = dir.join(Uuid::new_v5(&Uuid::NAMESPACE_URL, name.as_bytes()).simple().to_string());
+    let path = dir.join(
+        Uuid::new_v5(&Uuid::NAMESPACE_URL, name.as_bytes())
+            .simple()
+            .to_string(),
+    );
     if path.as_os_str().len() > PATH_MAX_BYTES {
         return Err(Error::InvalidArgument(format!(
             "socket {}: longer than {PATH_MAX_BYTES} bytes; choose a shorter state_dir",

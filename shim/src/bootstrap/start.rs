@@ -94,7 +94,11 @@ fn spawn_server(args: &Args, launch: &Launch, bundle: &Path, listener: OwnedFd) 
         .args(["-namespace", &args.namespace, "-id", &args.id, "serve"])
         .current_dir(bundle)
         .stdin(listener)
-        .stdout(writer.try_clone().context(|| "copy the server's pipe".into())?)
+        .stdout(
+            writer
+                .try_clone()
+                .context(|| "copy the server's pipe".into())?,
+        )
         .stderr(Stdio::from(writer));
     let mut child = command
         .spawn()
@@ -110,7 +114,10 @@ fn spawn_server(args: &Args, launch: &Launch, bundle: &Path, listener: OwnedFd) 
     match (complaint, ended) {
         ("", None) => Ok(()),
         ("", Some(status)) => Err(Error::Unavailable(
-            format!("the pod's server {} ended at once: {status}", program.display()),
+            format!(
+                "the pod's server {} ended at once: {status}",
+                program.display()
+            ),
             None,
         )),
         // It says so and ends; do not leave it if it should not.

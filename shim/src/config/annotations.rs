@@ -70,7 +70,10 @@ mod tests {
     }
 
     fn annotations(names: &[&str]) -> HashMap<String, String> {
-        names.iter().map(|name| ((*name).to_owned(), "1".to_owned())).collect()
+        names
+            .iter()
+            .map(|name| ((*name).to_owned(), "1".to_owned()))
+            .collect()
     }
 
     #[test]

@@ -138,7 +138,10 @@ impl Config {
     }
 
     fn validate(&self) -> Result<()> {
-        for (key, dir) in [("state_dir", &self.state_dir), ("cache_dir", &self.cache_dir)] {
+        for (key, dir) in [
+            ("state_dir", &self.state_dir),
+            ("cache_dir", &self.cache_dir),
+        ] {
             if !dir.is_absolute() {
                 return Err(invalid(format!(
                     "configuration: {key} = {dir:?} must be an absolute path"
@@ -232,7 +235,10 @@ fn known(key: &str, section: &str, fields: &[&str], place: &str) -> Result<()> {
         Some(name) => format!("did you mean {}?", full(name)),
         None => format!("known keys: {}", fields.join(", ")),
     };
-    Err(invalid(format!("{place}: unknown key {}; {hint}", full(key))))
+    Err(invalid(format!(
+        "{place}: unknown key {}; {hint}",
+        full(key)
+    )))
 }
 
 /// The candidate that `word` was probably meant to be.
@@ -288,7 +294,10 @@ mod tests {
         .unwrap();
         assert_eq!(config.kind, Kind::Machine);
         assert_eq!(config.machine.vcpus, 2);
-        assert_eq!(config.machine.memory_mib, MachineConfig::default().memory_mib);
+        assert_eq!(
+            config.machine.memory_mib,
+            MachineConfig::default().memory_mib
+        );
         assert_eq!(config.container.runtime, Some("/usr/bin/crun".into()));
         assert_eq!(config.annotations.allow, ["dyad.dev/vcpus"]);
     }
@@ -296,7 +305,9 @@ mod tests {
     #[test]
     fn containerds_own_keys_in_the_body_are_passed_over() {
         assert_eq!(
-            body("TypeUrl = \"x\"\nConfigPath = \"\"\nkind = \"machine\"").unwrap().kind,
+            body("TypeUrl = \"x\"\nConfigPath = \"\"\nkind = \"machine\"")
+                .unwrap()
+                .kind,
             Kind::Machine
         );
         assert_eq!(body("").unwrap(), Config::default());
@@ -305,15 +316,33 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named_with_the_way_out() {
         for (text, parts) in [
-            ("knd = \"machine\"", &["unknown key knd", "did you mean kind?"][..]),
-            ("[machine]\nmemory_mb = 3", &["machine.memory_mb", "machine.memory_mib?"]),
-            ("[container]\nruntim = \"x\"", &["container.runtim", "container.runtime?"]),
+            (
+                "knd = \"machine\"",
+                &["unknown key knd", "did you mean kind?"][..],
+            ),
+            (
+                "[machine]\nmemory_mb = 3",
+                &["machine.memory_mb", "machine.memory_mib?"],
+            ),
+            (
+                "[container]\nruntim = \"x\"",
+                &["container.runtim", "container.runtime?"],
+            ),
             ("[zzz]\na = 1", &["unknown key zzz", "known keys: kind"]),
-            ("kind = \"vm\"", &["the runtime options", "unknown variant", "machine"]),
-            ("[machine]\nvcpus = \"two\"", &["the runtime options", "invalid type"]),
+            (
+                "kind = \"vm\"",
+                &["the runtime options", "unknown variant", "machine"],
+            ),
+            (
+                "[machine]\nvcpus = \"two\"",
+                &["the runtime options", "invalid type"],
+            ),
             ("kind = ", &["the runtime options", "line 1"]),
             ("state_dir = \"run\"", &["state_dir", "absolute"]),
-            ("[annotations]\nallow = [\"dyad.dev/vcpu\"]", &["dyad.dev/vcpu", "dyad.dev/vcpus"]),
+            (
+                "[annotations]\nallow = [\"dyad.dev/vcpu\"]",
+                &["dyad.dev/vcpu", "dyad.dev/vcpus"],
+            ),
         ] {
             let error = body(text).unwrap_err().to_string();
             for part in parts {

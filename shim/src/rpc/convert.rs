@@ -133,8 +133,14 @@ pub fn resources(
 /// The message could not be encoded.
 pub fn stats(stats: &Stats) -> Result<Any> {
     let (type_url, value) = match stats.hierarchy {
-        Hierarchy::V1 => ("io.containerd.cgroups.v1.Metrics", stats_v1(stats).write_to_bytes()),
-        Hierarchy::V2 => ("io.containerd.cgroups.v2.Metrics", stats_v2(stats).write_to_bytes()),
+        Hierarchy::V1 => (
+            "io.containerd.cgroups.v1.Metrics",
+            stats_v1(stats).write_to_bytes(),
+        ),
+        Hierarchy::V2 => (
+            "io.containerd.cgroups.v2.Metrics",
+            stats_v2(stats).write_to_bytes(),
+        ),
     };
     Ok(Any {
         type_url: type_url.into(),
@@ -197,12 +203,7 @@ fn stats_v1(stats: &Stats) -> cgroups::metrics::Metrics {
         total_active_file: m.active_file,
         usage: entry(m.limit, m.usage, m.peak, m.max_events),
         // v1 counts swap together with memory.
-        swap: entry(
-            m.swap_limit,
-            m.usage.saturating_add(m.swap_usage),
-            0,
-            0,
-        ),
+        swap: entry(m.swap_limit, m.usage.saturating_add(m.swap_usage), 0, 0),
         kernel: entry(u64::MAX, m.kernel, 0, 0),
         ..Default::default()
     };
@@ -362,13 +363,19 @@ mod tests {
         let any = stats(&example(Hierarchy::V2)).unwrap();
         assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
         let v2 = cgroups_v2::metrics::Metrics::parse_from_bytes(&any.value).unwrap();
-        assert_eq!((v2.cpu.usage_usec, v2.memory.usage, v2.pids.limit), (5, 100, 0));
+        assert_eq!(
+            (v2.cpu.usage_usec, v2.memory.usage, v2.pids.limit),
+            (5, 100, 0)
+        );
     }
 
     #[test]
     fn an_empty_exec_id_is_the_init_process() {
         assert_eq!(process_id("c".into(), String::new()), ProcessId::init("c"));
-        assert_eq!(process_id("c".into(), "e".into()), ProcessId::exec("c", "e"));
+        assert_eq!(
+            process_id("c".into(), "e".into()),
+            ProcessId::exec("c", "e")
+        );
     }
 
     #[test]
@@ -377,11 +384,17 @@ mod tests {
             checkpoint: "/c".into(),
             ..Default::default()
         };
-        assert!(matches!(create_request(request), Err(Error::Unimplemented(_))));
+        assert!(matches!(
+            create_request(request),
+            Err(Error::Unimplemented(_))
+        ));
         let request = ExecProcessRequest {
             exec_id: "e".into(),
             ..Default::default()
         };
-        assert!(matches!(exec_request(request), Err(Error::InvalidArgument(_))));
+        assert!(matches!(
+            exec_request(request),
+            Err(Error::InvalidArgument(_))
+        ));
     }
 }

@@ -2,6 +2,7 @@
 //! protobuf types known.
 
 pub mod convert;
+pub mod lifecycle;
 pub mod status;
 mod task;
 
@@ -9,6 +10,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use containerd_shim_protos::shim_async::create_task;
+use dyad_api::lifecycle_ttrpc::create_lifecycle;
+use dyad_runtime_handler::handler::RuntimeHandler;
 use ttrpc::r#async::Service;
 
 use crate::sandbox::Sandbox;
@@ -18,8 +21,9 @@ const TASK_V3: &str = "containerd.task.v3.Task";
 
 /// Every service of a pod's server, by name. The two versions of Task have the same
 /// messages and methods.
-pub fn services(sandbox: &Sandbox) -> HashMap<String, Service> {
-    let mut services = HashMap::new();
+pub fn services(sandbox: &Sandbox, handler: &Arc<dyn RuntimeHandler>) -> HashMap<String, Service> {
+    let lifecycle = lifecycle::LifecycleService::new(sandbox.clone(), Arc::clone(handler));
+    let mut services = create_lifecycle(Arc::new(lifecycle));
     for name in [TASK_V2, TASK_V3] {
         let made = create_task(Arc::new(task::TaskService::new(sandbox.clone())));
         services.extend(made.into_values().map(|service| (name.to_owned(), service)));

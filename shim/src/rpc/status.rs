@@ -26,7 +26,10 @@ mod tests {
     fn containerd_can_tell_the_classes_apart() {
         for (error, code) in [
             (Error::NotFound("task x".into()), Code::NOT_FOUND),
-            (Error::FailedPrecondition("x".into()), Code::FAILED_PRECONDITION),
+            (
+                Error::FailedPrecondition("x".into()),
+                Code::FAILED_PRECONDITION,
+            ),
             (Error::other("x", std::io::Error::other("y")), Code::UNKNOWN),
         ] {
             let ttrpc::Error::RpcStatus(got) = status(&error) else {

@@ -236,7 +236,10 @@ impl Task for TaskService {
     ) -> ttrpc::Result<ConnectResponse> {
         // Reconnecting containerds ask before they know what is here: an unknown task
         // is no error.
-        let view = self.sandbox.state(process_id(request.id, String::new())).await;
+        let view = self
+            .sandbox
+            .state(process_id(request.id, String::new()))
+            .await;
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
             task_pid: view.map_or(0, |view| view.pid),

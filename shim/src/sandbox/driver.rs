@@ -23,7 +23,7 @@ use super::lane::{Class, Ticket};
 use super::record::{ContainerRecord, Record, VERSION};
 use super::state::{self, Refusal, RefusalClass, Request, State, Step};
 use super::task::{Job, Phase, Task, answer_waiters};
-use super::{Change, Command, ProcessView, Reply, TaskEvent, record};
+use super::{Change, Command, ProcessView, Reply, TaskEvent, Transition, record};
 use crate::bootstrap::launch::Launch;
 
 /// Exit status of what the machine took with it.
@@ -51,6 +51,10 @@ pub struct Driver {
     effects: mpsc::UnboundedSender<Apply>,
     ended: mpsc::UnboundedReceiver<Apply>,
     publisher: mpsc::UnboundedSender<TaskEvent>,
+    /// Those who watch transitions.
+    pub(super) watchers: Vec<mpsc::Sender<Transition>>,
+    /// How many transitions there were.
+    pub(super) transitions: u64,
     shutdown: bool,
 }
 
@@ -74,6 +78,8 @@ impl Driver {
             effects,
             ended,
             publisher,
+            watchers: Vec::new(),
+            transitions: 0,
             shutdown: false,
         }
     }
@@ -104,9 +110,15 @@ impl Driver {
             }
             Command::Wait(process, reply) => self.wait(&process, reply),
             Command::Pids(container, reply) => self.pids(&container, reply),
-            Command::Stats(container, reply) => self.read(&container, reply, |instance| async move {
-                instance.stats().await
-            }),
+            Command::Stats(container, reply) => {
+                self.read(&container, reply, |instance| async move {
+                    instance.stats().await
+                })
+            }
+            Command::View(reply) => {
+                let _ = reply.send(Ok(self.pod_view()));
+            }
+            Command::Watch(watcher) => self.watch(watcher),
             Command::Shutdown(reply) => {
                 // containerd asks after each container's delete; the last one counts.
                 if self.tasks.is_empty() {
@@ -132,8 +144,10 @@ impl Driver {
 
     /// Begins every change of `container` that may begin now.
     pub(super) fn pump(&mut self, container: &str) {
-        while let Some((ticket, job)) =
-            self.tasks.get_mut(container).and_then(|task| task.lane.next())
+        while let Some((ticket, job)) = self
+            .tasks
+            .get_mut(container)
+            .and_then(|task| task.lane.next())
         {
             self.begin(ticket, job);
         }
@@ -150,6 +164,18 @@ impl Driver {
             (None, Change::Delete(reply)) => self.delete_init(&container, ticket, reply),
             (None, Change::Pause(reply)) => self.pause(&container, ticket, reply),
             (None, Change::Resume(reply)) => self.resume(&container, ticket, reply),
+            (None, Change::Stop { grace, reply }) => {
+                self.stop_init(&container, ticket, grace, reply);
+            }
+            (None, Change::Start(reply)) => self.start_again(&container, ticket, reply),
+            (
+                None,
+                Change::Restart {
+                    force,
+                    grace,
+                    reply,
+                },
+            ) => self.restart_init(&container, ticket, (force, grace), reply),
             (None, Change::Update(resources, reply)) => {
                 self.update(&container, ticket, resources, reply);
             }
@@ -170,13 +196,23 @@ impl Driver {
                     height,
                     reply,
                 },
-            ) => self.simple(&container, exec, ticket, reply, move |instance, exec| async move {
-                instance.resize(exec.as_deref(), width, height).await
-            }),
+            ) => self.simple(
+                &container,
+                exec,
+                ticket,
+                reply,
+                move |instance, exec| async move {
+                    instance.resize(exec.as_deref(), width, height).await
+                },
+            ),
             (exec, Change::CloseStdin(reply)) => {
-                self.simple(&container, exec, ticket, reply, |instance, exec| async move {
-                    instance.close_stdin(exec.as_deref()).await
-                });
+                self.simple(
+                    &container,
+                    exec,
+                    ticket,
+                    reply,
+                    |instance, exec| async move { instance.close_stdin(exec.as_deref()).await },
+                );
             }
             (Some(exec), change) => {
                 let text = format!("exec {exec} of container {container}: no such operation");
@@ -325,18 +361,23 @@ impl Driver {
         // A containerd that restarts takes a task without pids for leaked, and forgets
         // how it ended. So one that has ended keeps its last pid until it is deleted,
         // and one that is kept without a process has the pid of the server that keeps it.
-        let listed = self.tasks.get(container).and_then(|task| {
-            match self.effective(task) {
+        let listed = self
+            .tasks
+            .get(container)
+            .and_then(|task| match self.effective(task) {
                 State::Stopped | State::Incoming => Some(std::process::id()),
                 State::Exited(_) => Some(task.pid()).filter(|pid| *pid != 0),
                 _ => None,
-            }
-        });
+            });
         if let Some(pid) = listed {
             let _ = reply.send(Ok(vec![(pid, None)]));
             return;
         }
-        self.read(container, reply, |instance| async move { instance.pids().await });
+        self.read(
+            container,
+            reply,
+            |instance| async move { instance.pids().await },
+        );
     }
 
     fn read<T: Send + 'static, F: Future<Output = Result<T>> + Send + 'static>(
@@ -345,7 +386,10 @@ impl Driver {
         reply: Reply<T>,
         call: impl FnOnce(Arc<dyn Instance>) -> F,
     ) {
-        match self.task(container).and_then(|task| task.instance(container)) {
+        match self
+            .task(container)
+            .and_then(|task| task.instance(container))
+        {
             Err(error) => drop(reply.send(Err(error))),
             Ok(instance) => {
                 let answer = call(instance);
@@ -358,12 +402,10 @@ impl Driver {
 
     fn backend_event(&mut self, event: Event) {
         match event {
-            Event::Exited { process, exit } => {
-                match &process.exec {
-                    None => self.init_exited(&process.container, exit),
-                    Some(exec) => self.exec_exited(&process.container, exec, exit),
-                }
-            }
+            Event::Exited { process, exit } => match &process.exec {
+                None => self.init_exited(&process.container, exit),
+                Some(exec) => self.exec_exited(&process.container, exec, exit),
+            },
             Event::OutOfMemory { container } => {
                 warn!("container {container}: out of memory");
                 self.publish(TaskEvent::OutOfMemory { container });
@@ -383,16 +425,12 @@ impl Driver {
         let id = id.clone();
         match (change, &task.phase) {
             (MachineEvent::Suspended, &Phase::Running { pid }) => {
-                task.phase = Phase::Paused { pid };
-                info!("machine of pod {id} was suspended");
+                self.set_phase(&id, Phase::Paused { pid }, "its machine was suspended");
                 self.publish(TaskEvent::Paused { container: id });
-                self.save();
             }
             (MachineEvent::Resumed, &Phase::Paused { pid }) => {
-                task.phase = Phase::Running { pid };
-                info!("machine of pod {id} was resumed");
+                self.set_phase(&id, Phase::Running { pid }, "its machine was resumed");
                 self.publish(TaskEvent::Resumed { container: id });
-                self.save();
             }
             (MachineEvent::Crashed, _) => error!("the guest of pod {id} crashed"),
             (MachineEvent::Rebooted, _) => info!("the guest of pod {id} rebooted"),
@@ -407,21 +445,17 @@ impl Driver {
             return;
         }
         let exit = Exit { status: KILLED, at };
-        let rest: Vec<ProcessId> = self
-            .tasks
-            .iter()
-            .filter(|(_, task)| task.role == Role::Container)
-            .flat_map(|(id, task)| {
-                task.execs
-                    .keys()
-                    .map(|exec| ProcessId::exec(id.clone(), exec.clone()))
-                    .chain([ProcessId::init(id.clone())])
-            })
-            .collect();
-        for process in rest {
+        for process in self.processes_in_machine() {
+            let container = &process.container;
+            let kept = self
+                .tasks
+                .get(container)
+                .is_some_and(|task| matches!(task.phase, Phase::Stopped { .. }));
             match &process.exec {
-                None => self.init_exited(&process.container, exit),
-                Some(exec) => self.exec_exited(&process.container, exec, exit),
+                Some(exec) => self.exec_exited(container, exec, exit),
+                // There is nothing left that it could be started in.
+                None if kept => self.end_for_good(container, 0, exit),
+                None => self.init_exited(container, exit),
             }
         }
     }
@@ -484,6 +518,7 @@ impl Change {
         let own = || Class::Process(process.exec.clone());
         match (self, &process.exec) {
             (Self::Signal { .. }, exec) => Class::Signal(exec.clone()),
+            (Self::Stop { .. } | Self::Restart { .. }, None) => Class::Interruptible,
             (Self::Resize { .. } | Self::CloseStdin(_), _) => own(),
             (_, Some(_)) => own(),
             (_, None) => Class::Whole,
@@ -498,6 +533,9 @@ impl Change {
             | Self::Resize { reply, .. }
             | Self::Pause(reply)
             | Self::Resume(reply)
+            | Self::Stop { reply, .. }
+            | Self::Start(reply)
+            | Self::Restart { reply, .. }
             | Self::Update(_, reply)
             | Self::AddExec(_, reply)
             | Self::CloseStdin(reply) => drop(reply.send(Err(error))),

@@ -131,7 +131,10 @@ impl Driver {
         result: Result<u32>,
         reply: Reply<u32>,
     ) {
-        let Ok(entry) = self.task(container).and_then(|task| task.exec(container, exec)) else {
+        let Ok(entry) = self
+            .task(container)
+            .and_then(|task| task.exec(container, exec))
+        else {
             return;
         };
         let early = match entry.phase {
@@ -166,7 +169,10 @@ impl Driver {
     }
 
     pub(super) fn exec_exited(&mut self, container: &str, exec: &str, exit: Exit) {
-        let Ok(entry) = self.task(container).and_then(|task| task.exec(container, exec)) else {
+        let Ok(entry) = self
+            .task(container)
+            .and_then(|task| task.exec(container, exec))
+        else {
             debug!("exit of exec {exec} of {container}, which is gone");
             return;
         };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use dyad_runtime_handler::handler::{Exit, Instance, ProcessId};
+use dyad_runtime_handler::handler::{Exit, Instance};
 use dyad_runtime_handler::spec::{ContainerSpec, Resources, Role};
 use dyad_runtime_handler::{Error, Result};
 use log::{debug, info, warn};
@@ -90,7 +90,13 @@ impl Driver {
             let _ = reply.send(Err(error));
             return;
         }
-        let mut task = Task::new(identity.role, bundle.clone(), identity.cri, uris.clone());
+        let mut task = Task::new(
+            identity.role,
+            bundle.clone(),
+            identity.name,
+            identity.cri,
+            uris.clone(),
+        );
         let ticket = task.lane.begin(Class::Whole);
         self.tasks.insert(id.clone(), task);
 
@@ -111,7 +117,7 @@ impl Driver {
         self.effect(effect, move |driver, result| match result {
             Ok((stdio, instance)) => {
                 let pid = driver.created(&id, stdio, &instance);
-                info!("created {id}, pid {pid}");
+                info!("{id} is created, pid {pid}");
                 driver.publish(TaskEvent::Create {
                     container: id.clone(),
                     bundle,
@@ -139,6 +145,7 @@ impl Driver {
             task.instance = Some(instance.clone());
             task.stdio = Some(stdio);
             task.phase = Phase::Created;
+            task.since = SystemTime::now();
         }
         instance.pid().unwrap_or(0)
     }
@@ -147,7 +154,10 @@ impl Driver {
         let ready = self.decide(container, Request::Run).and_then(|_| {
             let task = self.task(container)?;
             let instance = task.instance(container)?;
-            task.phase = Phase::Starting { early: None };
+            task.phase = Phase::Starting {
+                early: None,
+                stopped: None,
+            };
             Ok(instance)
         });
         let instance = match ready {
@@ -169,75 +179,72 @@ impl Driver {
             return;
         };
         let early = match &task.phase {
-            Phase::Starting { early } => *early,
+            Phase::Starting { early, .. } => *early,
             _ => None,
         };
         match result {
             Ok(pid) => {
-                task.phase = Phase::Running { pid };
-                info!("started {container}, pid {pid}");
                 self.publish(TaskEvent::Start {
                     container: container.to_owned(),
                     pid,
                 });
+                self.set_phase(container, Phase::Running { pid }, "");
                 let _ = reply.send(Ok(pid));
-                match early {
-                    // After its start was told, however short it lived.
-                    Some(exit) => self.init_exited(container, exit),
-                    None => self.save(),
+                // After its start was told, however short it lived.
+                if let Some(exit) = early {
+                    self.init_exited(container, exit);
                 }
             }
             Err(error) => {
-                task.phase = Phase::Failed {
+                let failed = Phase::Failed {
                     reason: error.chain(),
                     at: SystemTime::now(),
                 };
+                let exit = failed.exit();
                 // The reader of its output must not wait for more.
                 task.stdio = None;
-                if let Some(exit) = task.phase.exit() {
+                if let Some(exit) = exit {
                     answer_waiters(&mut task.waiters, exit);
                 }
-                self.save();
+                self.set_phase(container, failed, error.chain());
                 let _ = reply.send(Err(error));
             }
         }
     }
 
     pub(super) fn init_exited(&mut self, container: &str, exit: Exit) {
+        let kept_with_machine = self.is_kept_with_machine(container);
         let Some(task) = self.tasks.get_mut(container) else {
             debug!("exit of {container}, which is gone");
             return;
         };
         let pid = task.pid();
         match &mut task.phase {
-            Phase::Starting { early } => {
-                *early = Some(exit);
-                return;
+            Phase::Starting { early, .. } => *early = Some(exit),
+            Phase::Stopping {
+                exit: told,
+                keep: true,
+                ..
+            } => {
+                *told = Some(exit);
+                if let Some((after, ticket)) = task.stopping.take() {
+                    self.stopped(container, ticket, exit, after);
+                }
             }
-            Phase::Created | Phase::Running { .. } | Phase::Paused { .. } => {}
-            Phase::Creating | Phase::Exited { .. } | Phase::Failed { .. } => {
+            Phase::Running { .. } | Phase::Paused { .. } if kept_with_machine => {
+                self.kept_with_machine(container, exit);
+            }
+            Phase::Created
+            | Phase::Running { .. }
+            | Phase::Paused { .. }
+            | Phase::Stopping { .. } => self.end_for_good(container, pid, exit),
+            Phase::Creating
+            | Phase::Stopped { .. }
+            | Phase::Exited { .. }
+            | Phase::Failed { .. } => {
                 debug!("exit of {container} while {:?}", task.phase);
-                return;
             }
         }
-        task.phase = Phase::Exited { pid, exit };
-        // With the backend's own ends, which close when the output is drained, this is
-        // the last: readers see the end.
-        task.stdio = None;
-        let role = task.role;
-        info!("{container} exited with status {}", exit.status);
-        self.publish(TaskEvent::Exit {
-            process: ProcessId::init(container),
-            pid,
-            exit,
-        });
-        if let Some(task) = self.tasks.get_mut(container) {
-            answer_waiters(&mut task.waiters, exit);
-        }
-        if role == Role::Sandbox {
-            self.machine_ended(exit.at);
-        }
-        self.save();
     }
 
     pub(super) fn signal_init(
@@ -255,6 +262,22 @@ impl Driver {
         let (step, instance) = match ready {
             Ok(ready) => ready,
             Err(error) => return self.refused(container, ticket, reply, error),
+        };
+        match step {
+            Step::EndKept => {
+                let status = 128 + signal.unsigned_abs();
+                let at = SystemTime::now();
+                self.end_for_good(container, 0, Exit { status, at });
+                let _ = reply.send(Ok(()));
+                return self.finish(container, ticket);
+            }
+            Step::EndStopping => self.no_longer_kept(container),
+            _ => {}
+        }
+        // What was asked to end already ends now.
+        let signal = match step {
+            Step::EndStopping => libc::SIGKILL,
+            _ => signal,
         };
         let container = container.to_owned();
         // In a machine that is paused as a whole it is the machine that must thaw.
@@ -285,6 +308,31 @@ impl Driver {
                 signal(driver, container);
             },
         );
+    }
+
+    /// What is being stopped, itself or with its machine, ends for good.
+    fn no_longer_kept(&mut self, container: &str) {
+        if let Some(task) = self.tasks.get_mut(container) {
+            match &mut task.phase {
+                Phase::Stopping { keep, .. } => *keep = false,
+                _ => task.killed_with_pod = true,
+            }
+        }
+        // Its process may be gone, and the stop not yet returned.
+        let ended = self
+            .tasks
+            .get(container)
+            .and_then(|task| match &task.phase {
+                Phase::Stopping {
+                    pid,
+                    exit: Some(exit),
+                    ..
+                } => Some((*pid, *exit)),
+                _ => None,
+            });
+        if let Some((pid, exit)) = ended {
+            self.end_for_good(container, pid, exit);
+        }
     }
 
     /// What has to be thawed for `container` to run: itself, or its pod's machine.
@@ -340,28 +388,24 @@ impl Driver {
     }
 
     fn frozen_now(&mut self, container: &str) {
-        if let Some(task) = self.tasks.get_mut(container)
+        if let Some(task) = self.tasks.get(container)
             && let Phase::Running { pid } = task.phase
         {
-            task.phase = Phase::Paused { pid };
-            info!("{container} is paused");
+            self.set_phase(container, Phase::Paused { pid }, "asked for");
             self.publish(TaskEvent::Paused {
                 container: container.to_owned(),
             });
-            self.save();
         }
     }
 
     fn thawed(&mut self, container: &str) {
-        if let Some(task) = self.tasks.get_mut(container)
+        if let Some(task) = self.tasks.get(container)
             && let Phase::Paused { pid } = task.phase
         {
-            task.phase = Phase::Running { pid };
-            info!("{container} is resumed");
+            self.set_phase(container, Phase::Running { pid }, "asked for");
             self.publish(TaskEvent::Resumed {
                 container: container.to_owned(),
             });
-            self.save();
         }
     }
 
@@ -431,10 +475,14 @@ impl Driver {
             .tasks
             .get(container)
             .ok_or_else(|| not_found(container))?;
-        let exit = task.phase.exit().unwrap_or_else(|| Exit {
-            status: 0,
-            at: SystemTime::now(),
-        });
+        let exit = match (&task.phase, task.phase.exit()) {
+            (_, Some(exit)) | (&Phase::Stopped { exit }, None) => exit,
+            // It never ran.
+            _ => Exit {
+                status: 0,
+                at: SystemTime::now(),
+            },
+        };
         let gone = Gone {
             pid: task.pid(),
             exit,
@@ -446,7 +494,7 @@ impl Driver {
             exit,
         });
         self.forget(container, &bundle, exit);
-        info!("deleted {container}");
+        info!("{container} is deleted");
         Ok(gone)
     }
 }

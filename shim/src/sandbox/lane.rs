@@ -52,7 +52,11 @@ impl<J> Lane<J> {
     pub fn next(&mut self) -> Option<(Ticket, J)> {
         let index = if self.may_run(&self.waiting.front()?.0) {
             0
-        } else if self.running.iter().any(|(_, class)| *class == Class::Interruptible) {
+        } else if self
+            .running
+            .iter()
+            .any(|(_, class)| *class == Class::Interruptible)
+        {
             self.waiting
                 .iter()
                 .position(|(class, _)| matches!(class, Class::Signal(_)) && self.may_run(class))?
@@ -71,6 +75,15 @@ impl<J> Lane<J> {
         ticket
     }
 
+    /// Changes what a change under way needs from here on.
+    pub fn reclass(&mut self, ticket: Ticket, class: Class) {
+        for (running, old) in &mut self.running {
+            if *running == ticket {
+                *old = class.clone();
+            }
+        }
+    }
+
     /// Marks a change as done.
     pub fn done(&mut self, ticket: Ticket) {
         self.running.retain(|(running, _)| *running != ticket);
@@ -82,14 +95,16 @@ impl<J> Lane<J> {
     }
 
     fn may_run(&self, class: &Class) -> bool {
-        self.running.iter().all(|(_, running)| match (class, running) {
-            (Class::Signal(_), Class::Interruptible) => true,
-            (
-                Class::Process(one) | Class::Signal(one),
-                Class::Process(other) | Class::Signal(other),
-            ) => one != other,
-            _ => false,
-        })
+        self.running
+            .iter()
+            .all(|(_, running)| match (class, running) {
+                (Class::Signal(_), Class::Interruptible) => true,
+                (
+                    Class::Process(one) | Class::Signal(one),
+                    Class::Process(other) | Class::Signal(other),
+                ) => one != other,
+                _ => false,
+            })
     }
 }
 
@@ -114,7 +129,10 @@ mod tests {
         lane.push(Class::Whole, "pause");
         lane.push(process("c"), "run c");
         let begun = begin_all(&mut lane);
-        assert_eq!(begun.iter().map(|(_, job)| *job).collect::<Vec<_>>(), ["run a", "run b"]);
+        assert_eq!(
+            begun.iter().map(|(_, job)| *job).collect::<Vec<_>>(),
+            ["run a", "run b"]
+        );
         lane.done(begun[0].0);
         let resize = lane.next().unwrap();
         assert_eq!(resize.1, "resize a");
@@ -135,11 +153,26 @@ mod tests {
         lane.push(Class::Whole, "start");
         lane.push(Class::Signal(None), "kill");
         let begun = begin_all(&mut lane);
-        assert_eq!(begun.iter().map(|(_, job)| *job).collect::<Vec<_>>(), ["stop", "kill"]);
+        assert_eq!(
+            begun.iter().map(|(_, job)| *job).collect::<Vec<_>>(),
+            ["stop", "kill"]
+        );
         lane.done(begun[0].0);
         assert!(lane.next().is_none(), "start waits for the signal too");
         lane.done(begun[1].0);
         assert_eq!(lane.next().unwrap().1, "start");
+    }
+
+    #[test]
+    fn a_stop_that_goes_on_as_a_start_lets_no_signal_in() {
+        let mut lane = Lane::default();
+        lane.push(Class::Interruptible, "restart");
+        let (restart, _) = lane.next().unwrap();
+        lane.reclass(restart, Class::Whole);
+        lane.push(Class::Signal(None), "kill");
+        assert!(lane.next().is_none());
+        lane.done(restart);
+        assert_eq!(lane.next().unwrap().1, "kill");
     }
 
     #[test]

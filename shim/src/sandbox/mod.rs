@@ -14,14 +14,18 @@ mod driver;
 mod execs;
 mod init;
 mod lane;
+mod lifecycle;
+pub mod pod;
 pub mod record;
 pub mod state;
 mod task;
 
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
-use dyad_runtime_handler::handler::{Exit, ProcessId};
-use dyad_runtime_handler::spec::{Resources, RootMount};
+use dyad_runtime_handler::config::Kind;
+use dyad_runtime_handler::handler::{Exit, MachineInfo, ProcessId};
+use dyad_runtime_handler::spec::{PodInfo, Resources, RootMount};
 use dyad_runtime_handler::stats::Stats;
 use dyad_runtime_handler::{Error, Result};
 use oci_spec::runtime::Process;
@@ -30,7 +34,7 @@ use tokio::sync::{mpsc, oneshot};
 pub use driver::{Driver, Pod};
 
 use crate::stdio::StdioUris;
-use state::TaskStatus;
+use state::{State, TaskStatus};
 
 /// A container to create.
 #[derive(Debug)]
@@ -152,6 +156,61 @@ pub enum TaskEvent {
         /// The container's id.
         container: String,
     },
+    /// A task changed its state: an event of our own.
+    Transition(Box<Transition>),
+}
+
+/// A task as it truly is: what the Lifecycle service tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskView {
+    /// Its id.
+    pub id: String,
+    /// Kubernetes' name of the container; empty for the sandbox and outside CRI.
+    pub name: String,
+    /// Whether it is the pod itself.
+    pub is_sandbox: bool,
+    /// Its own state, also where the pod's machine is paused or stopped.
+    pub state: State,
+    /// Why it is in it, for people.
+    pub reason: String,
+    /// Since when.
+    pub since: SystemTime,
+    /// Its host pid; 0 where there is none.
+    pub pid: u32,
+    /// How often it was started in place.
+    pub starts: u32,
+    /// It ended with the pod's machine and comes back with it.
+    pub stopped_with_pod: bool,
+}
+
+/// A change of a task's state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Transition {
+    /// Counts up by one per transition of this pod's server.
+    pub sequence: u64,
+    /// When.
+    pub at: SystemTime,
+    /// What was before.
+    pub from: State,
+    /// The task after it.
+    pub task: TaskView,
+}
+
+/// The pod as it truly is.
+#[derive(Debug, Clone)]
+pub struct PodView {
+    /// What runs it.
+    pub kind: Kind,
+    /// containerd's namespace.
+    pub containerd_namespace: String,
+    /// Its sandbox id.
+    pub sandbox_id: String,
+    /// Kubernetes' names for it.
+    pub info: PodInfo,
+    /// Its tasks, by id.
+    pub tasks: Vec<TaskView>,
+    /// Its machine.
+    pub machine: Option<MachineInfo>,
 }
 
 /// Where an answer goes; nobody may be there any more.
@@ -165,6 +224,9 @@ pub(crate) enum Command {
     Wait(ProcessId, Reply<Exit>),
     Pids(String, Reply<Vec<(u32, Option<String>)>>),
     Stats(String, Reply<Stats>),
+    View(Reply<PodView>),
+    /// Transitions from now on, preceded by one for each task as it is.
+    Watch(mpsc::Sender<Transition>),
     Shutdown(Reply<()>),
 }
 
@@ -179,6 +241,16 @@ pub(crate) enum Change {
     Delete(Reply<Gone>),
     Pause(Reply<()>),
     Resume(Reply<()>),
+    Stop {
+        grace: Duration,
+        reply: Reply<()>,
+    },
+    Start(Reply<()>),
+    Restart {
+        force: bool,
+        grace: Duration,
+        reply: Reply<()>,
+    },
     Update(Resources, Reply<()>),
     AddExec(Box<ExecRequest>, Reply<()>),
     Resize {
@@ -214,7 +286,8 @@ impl Sandbox {
         process: ProcessId,
         change: impl FnOnce(Reply<T>) -> Change,
     ) -> Result<T> {
-        self.ask(|reply| Command::Change(process, change(reply))).await
+        self.ask(|reply| Command::Change(process, change(reply)))
+            .await
     }
 
     /// Creates a container; returns its init process's pid.
@@ -264,7 +337,8 @@ impl Sandbox {
     /// # Errors
     /// Of the backend; a refusal of the state.
     pub async fn resume(&self, container: String) -> Result<()> {
-        self.change(ProcessId::init(container), Change::Resume).await
+        self.change(ProcessId::init(container), Change::Resume)
+            .await
     }
 
     /// Applies new limits.

@@ -115,8 +115,7 @@ pub fn read(pod_dir: &Path) -> Result<Found> {
         .map(|number| pod_dir.join(format!("{FILE}.unreadable-{number}")))
         .find(|path| !path.exists())
         .unwrap_or_else(|| pod_dir.join("record.json.unreadable"));
-    std::fs::rename(&path, &kept_at)
-        .context(|| format!("keep {} aside", path.display()))?;
+    std::fs::rename(&path, &kept_at).context(|| format!("keep {} aside", path.display()))?;
     Ok(Found::Unreadable { kept_at, reason })
 }
 
@@ -176,12 +175,23 @@ mod tests {
         let pod = dir.path().join("k8s.io/s");
         assert_eq!(read(&pod).unwrap(), Found::Nothing);
         write(&pod, &example()).unwrap();
-        write(&pod, &Record { shim_pid: 9, ..example() }).unwrap();
+        write(
+            &pod,
+            &Record {
+                shim_pid: 9,
+                ..example()
+            },
+        )
+        .unwrap();
         let Found::Record(record) = read(&pod).unwrap() else {
             panic!("not read");
         };
         assert_eq!(record.shim_pid, 9);
-        assert_eq!(std::fs::read_dir(&pod).unwrap().count(), 1, "no temporary file stays");
+        assert_eq!(
+            std::fs::read_dir(&pod).unwrap().count(),
+            1,
+            "no temporary file stays"
+        );
     }
 
     #[test]

@@ -347,12 +347,7 @@ pub fn decide(state: &State, request: Request) -> Result<Step, Refusal> {
     }
 }
 
-fn refusal(
-    class: RefusalClass,
-    state: &State,
-    request: Request,
-    way_out: &'static str,
-) -> Refusal {
+fn refusal(class: RefusalClass, state: &State, request: Request, way_out: &'static str) -> Refusal {
     Refusal {
         class,
         state: state.clone(),
@@ -433,37 +428,92 @@ pub fn outside(state: &State) -> Outside {
     };
     match state {
         State::Created => row(
-            "created", T::Created, T::Created, "CREATED", "Pending", "no domain, or shut off",
+            "created",
+            T::Created,
+            T::Created,
+            "CREATED",
+            "Pending",
+            "no domain, or shut off",
         ),
         State::Running => row(
-            "running", T::Running, T::Running, "RUNNING", "Running", "running",
+            "running",
+            T::Running,
+            T::Running,
+            "RUNNING",
+            "Running",
+            "running",
         ),
         State::Paused => row(
-            "paused", T::Running, T::Paused, "RUNNING", "Running", "paused (user)",
+            "paused",
+            T::Running,
+            T::Paused,
+            "RUNNING",
+            "Running",
+            "paused (user)",
         ),
         State::Stopping => row(
-            "stopping", T::Running, T::Running, "RUNNING", "Running", "running, or in shutdown",
+            "stopping",
+            T::Running,
+            T::Running,
+            "RUNNING",
+            "Running",
+            "running, or in shutdown",
         ),
         State::Stopped => row(
-            "stopped", T::Running, T::Stopped, "RUNNING", "Running", "shut off (shutdown, destroyed)",
+            "stopped",
+            T::Running,
+            T::Stopped,
+            "RUNNING",
+            "Running",
+            "shut off (shutdown, destroyed)",
         ),
         State::Migrating => row(
-            "migrating", T::Running, T::Running, "RUNNING", "Running", "running, or paused (migration)",
+            "migrating",
+            T::Running,
+            T::Running,
+            "RUNNING",
+            "Running",
+            "running, or paused (migration)",
         ),
         State::Incoming => row(
-            "incoming", T::Running, T::Running, "RUNNING", "Running", "shut off, then paused (migration)",
+            "incoming",
+            T::Running,
+            T::Running,
+            "RUNNING",
+            "Running",
+            "shut off, then paused (migration)",
         ),
         State::Exited(0) => row(
-            "exited", T::Stopped, T::Stopped, "EXITED", "Succeeded", "shut off (shutdown)",
+            "exited",
+            T::Stopped,
+            T::Stopped,
+            "EXITED",
+            "Succeeded",
+            "shut off (shutdown)",
         ),
         State::Exited(_) => row(
-            "exited", T::Stopped, T::Stopped, "EXITED", "Failed", "shut off (destroyed, crashed)",
+            "exited",
+            T::Stopped,
+            T::Stopped,
+            "EXITED",
+            "Failed",
+            "shut off (destroyed, crashed)",
         ),
         State::Migrated => row(
-            "migrated", T::Stopped, T::Stopped, "EXITED", "Succeeded", "shut off (migrated)",
+            "migrated",
+            T::Stopped,
+            T::Stopped,
+            "EXITED",
+            "Succeeded",
+            "shut off (migrated)",
         ),
         State::Failed(_) => row(
-            "failed", T::Stopped, T::Stopped, "EXITED", "Failed", "no domain, or shut off (failed)",
+            "failed",
+            T::Stopped,
+            T::Stopped,
+            "EXITED",
+            "Failed",
+            "no domain, or shut off (failed)",
         ),
     }
 }

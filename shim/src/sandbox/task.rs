@@ -9,7 +9,7 @@ use dyad_runtime_handler::handler::{Exit, Instance, ProcessId};
 use dyad_runtime_handler::spec::Role;
 use dyad_runtime_handler::{Error, Result};
 
-use super::lane::Lane;
+use super::lane::{Lane, Ticket};
 use super::state::State;
 use super::{Change, ProcessView, Reply};
 use crate::stdio::{OpenStdio, StdioUris};
@@ -27,12 +27,25 @@ pub(super) enum Phase {
     /// The backend runs it. It may end before the backend has said that it runs.
     Starting {
         early: Option<Exit>,
+        /// How it ended the last time, where it is started again.
+        stopped: Option<Exit>,
     },
     Running {
         pid: u32,
     },
     Paused {
         pid: u32,
+    },
+    /// The backend ends it. Its exit and the backend's word may come in either order.
+    Stopping {
+        pid: u32,
+        exit: Option<Exit>,
+        /// Not so when somebody killed it meanwhile.
+        keep: bool,
+    },
+    /// Ended, and kept.
+    Stopped {
+        exit: Exit,
     },
     Exited {
         pid: u32,
@@ -47,14 +60,20 @@ pub(super) enum Phase {
 impl Phase {
     pub(super) fn state(&self) -> State {
         match self {
-            Self::Creating | Self::Created | Self::Starting { .. } => State::Created,
+            Self::Creating | Self::Created | Self::Starting { stopped: None, .. } => State::Created,
+            Self::Starting {
+                stopped: Some(_), ..
+            }
+            | Self::Stopped { .. } => State::Stopped,
             Self::Running { .. } => State::Running,
             Self::Paused { .. } => State::Paused,
+            Self::Stopping { .. } => State::Stopping,
             Self::Exited { exit, .. } => State::Exited(exit.status),
             Self::Failed { reason, .. } => State::Failed(reason.clone()),
         }
     }
 
+    /// How it ended for good.
     pub(super) fn exit(&self) -> Option<Exit> {
         match self {
             Self::Exited { exit, .. } => Some(*exit),
@@ -110,6 +129,22 @@ impl ExecPhase {
     }
 }
 
+/// What comes after a stop.
+pub(super) enum AfterStop {
+    /// Nothing: it stays stopped.
+    Stay(Reply<()>),
+    /// It runs again.
+    Start(Reply<()>),
+}
+
+impl AfterStop {
+    pub(super) fn into_reply(self) -> Reply<()> {
+        match self {
+            Self::Stay(reply) | Self::Start(reply) => reply,
+        }
+    }
+}
+
 /// A change that waits in a container's lane.
 pub(super) struct Job {
     pub(super) process: ProcessId,
@@ -120,11 +155,25 @@ pub(super) struct Job {
 pub(super) struct Task {
     pub(super) role: Role,
     pub(super) bundle: PathBuf,
+    /// Kubernetes' name of the container; empty for the sandbox and outside CRI.
+    pub(super) name: String,
     /// Whether CRI made it.
     pub(super) cri: bool,
     /// The backend's side, once created.
     pub(super) instance: Option<Arc<dyn Instance>>,
     pub(super) phase: Phase,
+    /// Why it is in its state, for people.
+    pub(super) reason: String,
+    /// Since when it is in its state.
+    pub(super) since: SystemTime,
+    /// How often it was started in place.
+    pub(super) starts: u32,
+    /// What waits for the end of a stop: its exit has not been told yet.
+    pub(super) stopping: Option<(AfterStop, Ticket)>,
+    /// It ended because the pod's machine was stopped, and comes back with it.
+    pub(super) stopped_with_pod: bool,
+    /// Somebody killed it while its machine was being stopped.
+    pub(super) killed_with_pod: bool,
     pub(super) uris: StdioUris,
     /// Open until the process has ended for good.
     pub(super) stdio: Option<OpenStdio>,
@@ -134,13 +183,26 @@ pub(super) struct Task {
 }
 
 impl Task {
-    pub(super) fn new(role: Role, bundle: PathBuf, cri: bool, uris: StdioUris) -> Self {
+    pub(super) fn new(
+        role: Role,
+        bundle: PathBuf,
+        name: String,
+        cri: bool,
+        uris: StdioUris,
+    ) -> Self {
         Self {
             role,
             bundle,
+            name,
             cri,
             instance: None,
             phase: Phase::Creating,
+            reason: String::new(),
+            since: SystemTime::now(),
+            starts: 0,
+            stopping: None,
+            stopped_with_pod: false,
+            killed_with_pod: false,
             uris,
             stdio: None,
             execs: BTreeMap::new(),
@@ -160,16 +222,19 @@ impl Task {
     }
 
     pub(super) fn exec(&mut self, container: &str, exec: &str) -> Result<&mut Exec> {
-        self.execs.get_mut(exec).ok_or_else(|| {
-            Error::NotFound(format!("exec {exec} of container {container}"))
-        })
+        self.execs
+            .get_mut(exec)
+            .ok_or_else(|| Error::NotFound(format!("exec {exec} of container {container}")))
     }
 
     /// Host pid of the init process, or 0.
     pub(super) fn pid(&self) -> u32 {
         match &self.phase {
-            Phase::Running { pid } | Phase::Paused { pid } | Phase::Exited { pid, .. } => *pid,
-            Phase::Creating | Phase::Failed { .. } => 0,
+            Phase::Running { pid }
+            | Phase::Paused { pid }
+            | Phase::Stopping { pid, .. }
+            | Phase::Exited { pid, .. } => *pid,
+            Phase::Creating | Phase::Stopped { .. } | Phase::Failed { .. } => 0,
             Phase::Created | Phase::Starting { .. } => self
                 .instance
                 .as_ref()

@@ -55,14 +55,20 @@ pub async fn start(uri: &str, owner: Owner<'_>) -> Result<(OwnedFd, OwnedFd)> {
     // With it go our copies of the logger's ends.
     drop(command);
 
-    nix::fcntl::fcntl(&ready_read, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
-        .context(|| "set up a pipe".into())?;
-    let mut ready = pipe::Receiver::from_owned_fd(ready_read)
-        .context(|| "watch the logging binary".into())?;
+    nix::fcntl::fcntl(
+        &ready_read,
+        nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK),
+    )
+    .context(|| "set up a pipe".into())?;
+    let mut ready =
+        pipe::Receiver::from_owned_fd(ready_read).context(|| "watch the logging binary".into())?;
     let mut byte = [0];
     match tokio::time::timeout(READY_MAX, ready.read(&mut byte)).await {
         Ok(Ok(_)) => Ok((stdout_write, stderr_write)),
-        Ok(Err(error)) => Err(Error::other(format!("wait for logging binary {path}"), error)),
+        Ok(Err(error)) => Err(Error::other(
+            format!("wait for logging binary {path}"),
+            error,
+        )),
         Err(_) => Err(Error::DeadlineExceeded(format!(
             "logging binary {path} did not close fd 5 in {} s",
             READY_MAX.as_secs()
@@ -81,7 +87,9 @@ fn parse(uri: &str) -> Result<(String, Vec<String>)> {
         )));
     }
     if !std::path::Path::new(&path).is_file() {
-        return Err(Error::InvalidArgument(format!("stdio {uri:?}: no file {path}")));
+        return Err(Error::InvalidArgument(format!(
+            "stdio {uri:?}: no file {path}"
+        )));
     }
     let arguments = query
         .split('&')

@@ -112,7 +112,8 @@ impl OpenStdio {
 }
 
 fn duplicate(fd: &OwnedFd) -> Result<OwnedFd> {
-    fd.try_clone().context(|| "duplicate a stdio descriptor".into())
+    fd.try_clone()
+        .context(|| "duplicate a stdio descriptor".into())
 }
 
 fn target(uri: &str) -> Result<Target<'_>> {
@@ -164,7 +165,9 @@ fn open_fifo_or(
         } else {
             otherwise(&mut options);
         }
-        options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
+        options
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path)
     };
     open()
         .map(OwnedFd::from)
@@ -209,7 +212,9 @@ mod tests {
         };
         let open = OpenStdio::open(&uris, OWNER).await.unwrap();
         let stdio = open.duplicate().unwrap();
-        File::from(stdio.stdout.unwrap()).write_all(b"out ").unwrap();
+        File::from(stdio.stdout.unwrap())
+            .write_all(b"out ")
+            .unwrap();
         File::from(stdio.stderr.unwrap()).write_all(b"err").unwrap();
         assert_eq!(std::fs::read_to_string(path).unwrap(), "out err");
     }
@@ -228,7 +233,11 @@ mod tests {
             stderr: fifo("err"),
             terminal: true,
         };
-        let stdio = OpenStdio::open(&uris, OWNER).await.unwrap().duplicate().unwrap();
+        let stdio = OpenStdio::open(&uris, OWNER)
+            .await
+            .unwrap()
+            .duplicate()
+            .unwrap();
         assert!(stdio.stdin.is_some() && stdio.stdout.is_some());
         assert!(stdio.stderr.is_none() && stdio.terminal);
     }
@@ -273,11 +282,32 @@ mod tests {
     #[tokio::test]
     async fn what_cannot_be_is_named() {
         for (uris, part) in [
-            (StdioUris { stdout: "ftp://x".into(), ..StdioUris::default() }, "ftp"),
-            (StdioUris { stdin: "file:///x".into(), ..StdioUris::default() }, "only a FIFO"),
-            (StdioUris { stdout: "/no/such".into(), ..StdioUris::default() }, "/no/such"),
             (
-                StdioUris { stdout: "binary:///no/such".into(), ..StdioUris::default() },
+                StdioUris {
+                    stdout: "ftp://x".into(),
+                    ..StdioUris::default()
+                },
+                "ftp",
+            ),
+            (
+                StdioUris {
+                    stdin: "file:///x".into(),
+                    ..StdioUris::default()
+                },
+                "only a FIFO",
+            ),
+            (
+                StdioUris {
+                    stdout: "/no/such".into(),
+                    ..StdioUris::default()
+                },
+                "/no/such",
+            ),
+            (
+                StdioUris {
+                    stdout: "binary:///no/such".into(),
+                    ..StdioUris::default()
+                },
                 "/no/such",
             ),
         ] {

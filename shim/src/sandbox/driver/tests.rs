@@ -10,6 +10,7 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::config::Config;
+use crate::sandbox::pod::Operation;
 use crate::sandbox::state::TaskStatus;
 use crate::sandbox::{CreateRequest, ExecRequest, Sandbox};
 use crate::stdio::StdioUris;
@@ -95,21 +96,37 @@ impl TestPod {
     }
 
     async fn status(&self, id: &str) -> TaskStatus {
-        self.sandbox.state(ProcessId::init(id)).await.unwrap().status
+        self.sandbox
+            .state(ProcessId::init(id))
+            .await
+            .unwrap()
+            .status
     }
 
+    /// The next of containerd's events.
     async fn next_event(&mut self) -> String {
-        let event = timeout(Duration::from_secs(10), self.events.recv())
-            .await
-            .expect("an event in time")
-            .expect("the driver runs");
+        loop {
+            let event = timeout(Duration::from_secs(10), self.events.recv())
+                .await
+                .expect("an event in time")
+                .expect("the driver runs");
+            if !matches!(event, TaskEvent::Transition(_)) {
+                return Self::event_text(event);
+            }
+        }
+    }
+
+    fn event_text(event: TaskEvent) -> String {
         match event {
+            TaskEvent::Transition(transition) => format!("{transition:?}"),
             TaskEvent::Create { container, .. } => format!("create {container}"),
             TaskEvent::Start { container, .. } => format!("start {container}"),
             TaskEvent::Exit { process, exit, .. } => format!("exit {process} {}", exit.status),
             TaskEvent::Delete { container, .. } => format!("delete {container}"),
             TaskEvent::ExecAdded { container, exec } => format!("exec-added {container}/{exec}"),
-            TaskEvent::ExecStarted { container, exec, .. } => {
+            TaskEvent::ExecStarted {
+                container, exec, ..
+            } => {
                 format!("exec-started {container}/{exec}")
             }
             TaskEvent::Paused { container } => format!("paused {container}"),
@@ -150,15 +167,26 @@ async fn a_life_is_told_in_order_and_leaves_nothing() {
     });
     let pid = pod.sandbox.run(init()).await.unwrap();
     assert_eq!(pod.sandbox.state(init()).await.unwrap().pid, pid);
-    pod.sandbox.signal(init(), libc::SIGKILL, false).await.unwrap();
+    pod.sandbox
+        .signal(init(), libc::SIGKILL, false)
+        .await
+        .unwrap();
     assert_eq!(waiting.await.unwrap().unwrap().status, 137);
     assert_eq!(pod.status("pod").await, TaskStatus::Stopped);
     let gone = pod.sandbox.delete(init()).await.unwrap();
     assert_eq!((gone.pid, gone.exit.status), (pid, 137));
     assert!(!launch_file(&pod.bundle("pod")).exists());
-    pod.expect_events(&["create pod", "start pod", "exit container pod 137", "delete pod"])
-        .await;
-    assert!(matches!(pod.sandbox.state(init()).await, Err(Error::NotFound(_))));
+    pod.expect_events(&[
+        "create pod",
+        "start pod",
+        "exit container pod 137",
+        "delete pod",
+    ])
+    .await;
+    assert!(matches!(
+        pod.sandbox.state(init()).await,
+        Err(Error::NotFound(_))
+    ));
     pod.sandbox.shutdown().await.unwrap();
     pod.driver.await.unwrap();
 }
@@ -182,7 +210,8 @@ async fn a_process_that_dies_at_once_is_told_to_have_started_first() {
         end.send(Ok(())).unwrap();
     });
     started.unwrap();
-    pod.expect_events(&["create pod", "start pod", "exit container pod 3"]).await;
+    pod.expect_events(&["create pod", "start pod", "exit container pod 3"])
+        .await;
     assert_eq!(pod.status("pod").await, TaskStatus::Stopped);
 }
 
@@ -202,7 +231,10 @@ async fn a_slow_create_blocks_no_read_and_no_other_container() {
         Err(Error::NotFound(_))
     ));
     pod.create("quick", "container").await.unwrap();
-    assert!(matches!(pod.create("slow", "container").await, Err(Error::AlreadyExists(_))));
+    assert!(matches!(
+        pod.create("slow", "container").await,
+        Err(Error::AlreadyExists(_))
+    ));
     end.send(Ok(())).unwrap();
     slow.await.unwrap().unwrap();
 }
@@ -210,7 +242,10 @@ async fn a_slow_create_blocks_no_read_and_no_other_container() {
 #[tokio::test]
 async fn a_failed_create_leaves_no_task_and_no_record() {
     let pod = TestPod::new(Kind::Container);
-    pod.fake.next("create", FakeReply::Fail(Error::InvalidArgument("hostPID".into())));
+    pod.fake.next(
+        "create",
+        FakeReply::Fail(Error::InvalidArgument("hostPID".into())),
+    );
     let error = pod.create("pod", "sandbox").await.unwrap_err();
     assert!(matches!(error, Error::InvalidArgument(_)));
     assert!(!launch_file(&pod.bundle("pod")).exists());
@@ -222,7 +257,10 @@ async fn a_failed_create_leaves_no_task_and_no_record() {
 async fn a_failed_start_can_only_be_deleted() {
     let mut pod = TestPod::new(Kind::Container);
     pod.create("pod", "sandbox").await.unwrap();
-    pod.fake.next("start", FakeReply::Fail(Error::NotFound("no such program".into())));
+    pod.fake.next(
+        "start",
+        FakeReply::Fail(Error::NotFound("no such program".into())),
+    );
     pod.sandbox.run(ProcessId::init("pod")).await.unwrap_err();
     assert_eq!(pod.status("pod").await, TaskStatus::Stopped);
     let again = pod.sandbox.run(ProcessId::init("pod")).await.unwrap_err();
@@ -238,14 +276,20 @@ async fn a_container_needs_its_running_pod() {
     assert!(matches!(error, Error::FailedPrecondition(_)), "{error}");
     pod.create("pod", "sandbox").await.unwrap();
     let error = pod.create("c", "container").await.unwrap_err();
-    assert!(error.to_string().contains("has not been started"), "{error}");
+    assert!(
+        error.to_string().contains("has not been started"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
 async fn an_exec_lives_beside_init() {
     let mut pod = TestPod::running(Kind::Container).await;
     let exec = || ProcessId::exec("c", "e");
-    pod.sandbox.add_exec("c".into(), exec_request("e")).await.unwrap();
+    pod.sandbox
+        .add_exec("c".into(), exec_request("e"))
+        .await
+        .unwrap();
     assert!(matches!(
         pod.sandbox.add_exec("c".into(), exec_request("e")).await,
         Err(Error::AlreadyExists(_))
@@ -255,7 +299,10 @@ async fn an_exec_lives_beside_init() {
         Err(Error::FailedPrecondition(_))
     ));
     pod.sandbox.run(exec()).await.unwrap();
-    assert!(matches!(pod.sandbox.delete(exec()).await, Err(Error::FailedPrecondition(_))));
+    assert!(matches!(
+        pod.sandbox.delete(exec()).await,
+        Err(Error::FailedPrecondition(_))
+    ));
     assert!(pod.fake.exit(&exec(), 7));
     assert_eq!(pod.sandbox.wait(exec()).await.unwrap().status, 7);
     assert_eq!(pod.sandbox.delete(exec()).await.unwrap().exit.status, 7);
@@ -275,16 +322,36 @@ async fn a_paused_container_refuses_execs_and_dies_when_killed() {
     let mut pod = TestPod::running(Kind::Container).await;
     pod.sandbox.pause("c".into()).await.unwrap();
     pod.sandbox.pause("c".into()).await.unwrap();
-    assert_eq!(pod.status("c").await, TaskStatus::Running, "CRI must not see it");
-    let error = pod.sandbox.add_exec("c".into(), exec_request("e")).await.unwrap_err();
+    assert_eq!(
+        pod.status("c").await,
+        TaskStatus::Running,
+        "CRI must not see it"
+    );
+    let error = pod
+        .sandbox
+        .add_exec("c".into(), exec_request("e"))
+        .await
+        .unwrap_err();
     assert!(matches!(error, Error::FailedPrecondition(_)), "{error}");
-    pod.sandbox.signal(ProcessId::init("c"), libc::SIGKILL, false).await.unwrap();
-    assert_eq!(pod.sandbox.wait(ProcessId::init("c")).await.unwrap().status, 137);
+    pod.sandbox
+        .signal(ProcessId::init("c"), libc::SIGKILL, false)
+        .await
+        .unwrap();
+    assert_eq!(
+        pod.sandbox.wait(ProcessId::init("c")).await.unwrap().status,
+        137
+    );
     for _ in 0..4 {
         pod.next_event().await;
     }
-    pod.expect_events(&["paused c", "resumed c", "exit container c 137"]).await;
-    let pauses = pod.fake.calls().iter().filter(|call| *call == "pause c").count();
+    pod.expect_events(&["paused c", "resumed c", "exit container c 137"])
+        .await;
+    let pauses = pod
+        .fake
+        .calls()
+        .iter()
+        .filter(|call| *call == "pause c")
+        .count();
     assert_eq!(pauses, 1, "asked twice, done once");
 }
 
@@ -296,18 +363,28 @@ async fn what_holds_for_the_machine_holds_for_its_containers() {
         pod.next_event().await;
     }
     assert_eq!(pod.next_event().await, "paused pod");
-    let error = pod.sandbox.add_exec("c".into(), exec_request("e")).await.unwrap_err();
+    let error = pod
+        .sandbox
+        .add_exec("c".into(), exec_request("e"))
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("resume it first"), "{error}");
     // The machine is destroyed: its containers are over too.
     assert!(pod.fake.exit(&ProcessId::init("pod"), 137));
-    pod.expect_events(&["exit container pod 137", "exit container c 137"]).await;
-    assert_eq!(pod.sandbox.wait(ProcessId::init("c")).await.unwrap().status, 137);
+    pod.expect_events(&["exit container pod 137", "exit container c 137"])
+        .await;
+    assert_eq!(
+        pod.sandbox.wait(ProcessId::init("c")).await.unwrap().status,
+        137
+    );
 }
 
 #[tokio::test]
 async fn an_out_of_memory_kill_is_told() {
     let mut pod = TestPod::running(Kind::Container).await;
-    pod.fake.event(Event::OutOfMemory { container: "c".into() });
+    pod.fake.event(Event::OutOfMemory {
+        container: "c".into(),
+    });
     for _ in 0..4 {
         pod.next_event().await;
     }
@@ -320,7 +397,10 @@ async fn shutdown_waits_for_the_last_container() {
     pod.sandbox.shutdown().await.unwrap();
     assert_eq!(pod.status("c").await, TaskStatus::Running);
     for id in ["c", "pod"] {
-        pod.sandbox.signal(ProcessId::init(id), libc::SIGKILL, true).await.unwrap();
+        pod.sandbox
+            .signal(ProcessId::init(id), libc::SIGKILL, true)
+            .await
+            .unwrap();
         pod.sandbox.wait(ProcessId::init(id)).await.unwrap();
         pod.sandbox.delete(ProcessId::init(id)).await.unwrap();
     }
@@ -341,4 +421,274 @@ async fn the_record_says_what_is_there() {
         .map(|container| (container.id.as_str(), container.state.as_str()))
         .collect();
     assert_eq!(states, [("c", "running"), ("pod", "running")]);
+}
+
+const GRACE: Duration = Duration::from_secs(1);
+
+impl TestPod {
+    async fn states(&self) -> Vec<(String, &'static str)> {
+        let view = self.sandbox.view().await.unwrap();
+        view.tasks
+            .iter()
+            .map(|task| (task.id.clone(), state::outside(&task.state).name))
+            .collect()
+    }
+
+    async fn operate(&self, operation: Operation, target: &str) -> Result<()> {
+        self.sandbox.operate(operation, target).await.map(drop)
+    }
+
+    /// No event of containerd's is left.
+    fn no_event(&mut self) {
+        while let Ok(event) = self.events.try_recv() {
+            assert!(matches!(event, TaskEvent::Transition(_)), "{event:?}");
+        }
+    }
+}
+
+fn pairs(states: &[(&str, &'static str)]) -> Vec<(String, &'static str)> {
+    states
+        .iter()
+        .map(|(id, state)| ((*id).to_owned(), *state))
+        .collect()
+}
+
+#[tokio::test]
+async fn a_container_stopped_in_place_stays_for_containerd_and_starts_again() {
+    let mut pod = TestPod::running(Kind::Container).await;
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    for _ in 0..2 {
+        pod.operate(Operation::Stop { grace: GRACE }, "")
+            .await
+            .unwrap();
+    }
+    assert_eq!(
+        pod.states().await,
+        pairs(&[("c", "stopped"), ("pod", "running")])
+    );
+    assert_eq!(
+        pod.status("c").await,
+        TaskStatus::Running,
+        "CRI must not see it"
+    );
+    let pids = pod.sandbox.pids("c".into()).await.unwrap();
+    assert_eq!(
+        pids,
+        [(std::process::id(), None)],
+        "it must not look leaked"
+    );
+    let error = pod
+        .sandbox
+        .add_exec("c".into(), exec_request("e"))
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("start it first"), "{error}");
+    pod.no_event();
+
+    for _ in 0..2 {
+        pod.operate(Operation::Start, "").await.unwrap();
+    }
+    assert_eq!(
+        pod.states().await,
+        pairs(&[("c", "running"), ("pod", "running")])
+    );
+    pod.operate(
+        Operation::Restart {
+            force: false,
+            grace: GRACE,
+        },
+        "c",
+    )
+    .await
+    .unwrap();
+    assert_eq!(
+        pod.states().await,
+        pairs(&[("c", "running"), ("pod", "running")])
+    );
+    let view = pod.sandbox.view().await.unwrap();
+    assert_eq!(view.tasks[0].starts, 2);
+    pod.no_event();
+    let calls = pod.fake.calls();
+    let of = |name: &str| calls.iter().filter(|call| *call == name).count();
+    assert_eq!((of("stop c"), of("start c")), (2, 3));
+}
+
+#[tokio::test]
+async fn what_is_kept_stopped_ends_when_containerd_kills_it() {
+    let mut pod = TestPod::running(Kind::Container).await;
+    pod.operate(Operation::Stop { grace: GRACE }, "c")
+        .await
+        .unwrap();
+    pod.sandbox
+        .signal(ProcessId::init("c"), libc::SIGTERM, false)
+        .await
+        .unwrap();
+    assert_eq!(
+        pod.sandbox.wait(ProcessId::init("c")).await.unwrap().status,
+        143
+    );
+    pod.sandbox.delete(ProcessId::init("c")).await.unwrap();
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    pod.expect_events(&["exit container c 143", "delete c"])
+        .await;
+}
+
+#[tokio::test]
+async fn a_kill_during_a_long_stop_ends_it_for_good() {
+    let pod = TestPod::running(Kind::Container).await;
+    let end = pod.fake.hold("stop");
+    let stopping = tokio::spawn({
+        let sandbox = pod.sandbox.clone();
+        async move { sandbox.operate(Operation::Stop { grace: GRACE }, "c").await }
+    });
+    pod.fake.called("stop c").await;
+    assert_eq!(pod.states().await[0].1, "stopping");
+    pod.sandbox
+        .signal(ProcessId::init("c"), libc::SIGTERM, false)
+        .await
+        .unwrap();
+    assert_eq!(
+        pod.sandbox.wait(ProcessId::init("c")).await.unwrap().status,
+        137
+    );
+    end.send(Ok(())).unwrap();
+    let error = stopping.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("was killed while"), "{error}");
+    assert_eq!(pod.states().await[0].1, "exited");
+}
+
+#[tokio::test]
+async fn a_stop_that_fails_leaves_it_running() {
+    let pod = TestPod::running(Kind::Container).await;
+    pod.fake.next(
+        "stop",
+        FakeReply::Fail(Error::DeadlineExceeded("stop c".into())),
+    );
+    pod.operate(Operation::Stop { grace: GRACE }, "c")
+        .await
+        .unwrap_err();
+    assert_eq!(pod.states().await[0].1, "running");
+    pod.operate(Operation::Stop { grace: GRACE }, "c")
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn a_start_in_place_that_fails_leaves_it_stopped() {
+    let pod = TestPod::running(Kind::Container).await;
+    pod.operate(Operation::Stop { grace: GRACE }, "c")
+        .await
+        .unwrap();
+    pod.fake.next(
+        "start",
+        FakeReply::Fail(Error::FailedPrecondition("no memory".into())),
+    );
+    pod.operate(Operation::Start, "c").await.unwrap_err();
+    assert_eq!(pod.states().await[0].1, "stopped");
+    pod.operate(Operation::Start, "c").await.unwrap();
+    assert_eq!(pod.states().await[0].1, "running");
+}
+
+#[tokio::test]
+async fn a_stopped_machine_keeps_its_containers_and_brings_them_back() {
+    let mut pod = TestPod::running(Kind::Machine).await;
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    pod.operate(Operation::Stop { grace: GRACE }, "")
+        .await
+        .unwrap();
+    assert_eq!(
+        pod.states().await,
+        pairs(&[("c", "stopped"), ("pod", "stopped")])
+    );
+    pod.no_event();
+    let error = pod.operate(Operation::Start, "c").await.unwrap_err();
+    assert!(error.to_string().contains("start the pod"), "{error}");
+    pod.operate(Operation::Start, "").await.unwrap();
+    assert_eq!(
+        pod.states().await,
+        pairs(&[("c", "running"), ("pod", "running")])
+    );
+    pod.operate(
+        Operation::Restart {
+            force: true,
+            grace: GRACE,
+        },
+        "",
+    )
+    .await
+    .unwrap();
+    assert_eq!(
+        pod.states().await,
+        pairs(&[("c", "running"), ("pod", "running")])
+    );
+    pod.no_event();
+}
+
+#[tokio::test]
+async fn a_stopped_machine_that_is_killed_ends_with_all_in_it() {
+    let mut pod = TestPod::running(Kind::Machine).await;
+    pod.operate(Operation::Stop { grace: GRACE }, "")
+        .await
+        .unwrap();
+    pod.sandbox
+        .signal(ProcessId::init("pod"), libc::SIGKILL, false)
+        .await
+        .unwrap();
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    pod.expect_events(&["exit container pod 137", "exit container c 137"])
+        .await;
+}
+
+#[tokio::test]
+async fn watchers_are_told_what_is_and_then_what_changes() {
+    let pod = TestPod::running(Kind::Container).await;
+    let mut watch = pod.sandbox.watch().unwrap();
+    for id in ["c", "pod"] {
+        let now = watch.recv().await.unwrap();
+        assert_eq!((now.task.id.as_str(), &now.from), (id, &State::Running));
+    }
+    pod.operate(Operation::Pause, "").await.unwrap();
+    let change = watch.recv().await.unwrap();
+    assert_eq!(
+        (change.from, change.task.state),
+        (State::Running, State::Paused)
+    );
+    pod.operate(Operation::Resume, "").await.unwrap();
+    let next = watch.recv().await.unwrap();
+    assert_eq!(next.sequence, change.sequence + 1);
+}
+
+#[tokio::test]
+async fn requests_that_cannot_be_are_refused_with_the_way_out() {
+    let pod = TestPod::running(Kind::Container).await;
+    let day = Operation::Stop {
+        grace: Duration::from_secs(25 * 3600),
+    };
+    for (operation, target, part) in [
+        (day, "c", "at most 86400 s"),
+        (Operation::Start, "nobody", "nobody not found"),
+    ] {
+        let error = pod
+            .operate(operation, target)
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    assert!(pod.fake.exit(&ProcessId::init("c"), 0));
+    pod.sandbox.wait(ProcessId::init("c")).await.unwrap();
+    let error = pod
+        .operate(Operation::Pause, "")
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("no container of it is running"), "{error}");
 }

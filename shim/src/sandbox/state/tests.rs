@@ -138,8 +138,16 @@ fn cri_sees_only_states_that_survive_a_restart_of_containerd() {
 fn every_running_phase_belongs_to_a_running_cri_state_and_back() {
     for state in all_states() {
         let row = outside(&state);
-        assert_eq!(row.pod_phase == "Running", row.cri == "RUNNING", "{state:?}");
-        assert_eq!(row.pod_phase == "Pending", row.cri == "CREATED", "{state:?}");
+        assert_eq!(
+            row.pod_phase == "Running",
+            row.cri == "RUNNING",
+            "{state:?}"
+        );
+        assert_eq!(
+            row.pod_phase == "Pending",
+            row.cri == "CREATED",
+            "{state:?}"
+        );
     }
     assert_eq!(outside(&State::Exited(0)).pod_phase, "Succeeded");
     assert_eq!(outside(&State::Exited(1)).pod_phase, "Failed");
@@ -147,9 +155,18 @@ fn every_running_phase_belongs_to_a_running_cri_state_and_back() {
 
 #[test]
 fn a_paused_machine_makes_its_containers_paused_but_not_the_ended_ones() {
-    assert_eq!(effective(State::Running, Some(&State::Paused)), State::Paused);
-    assert_eq!(effective(State::Running, Some(&State::Running)), State::Running);
-    assert_eq!(effective(State::Exited(1), Some(&State::Paused)), State::Exited(1));
+    assert_eq!(
+        effective(State::Running, Some(&State::Paused)),
+        State::Paused
+    );
+    assert_eq!(
+        effective(State::Running, Some(&State::Running)),
+        State::Running
+    );
+    assert_eq!(
+        effective(State::Exited(1), Some(&State::Paused)),
+        State::Exited(1)
+    );
     assert_eq!(effective(State::Paused, None), State::Paused);
     assert_eq!(
         effective(State::Running, Some(&State::Exited(0))),
