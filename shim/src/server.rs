@@ -99,7 +99,7 @@ async fn run(launch: Launch, listener: UnixListener, backend: Backend) -> Result
 
     let listener = tokio::net::UnixListener::from_std(listener)
         .context(|| "watch the server's socket".into())?;
-    let listener = Listener::try_from(listener).context(|| "serve the server's socket".into())?;
+    let listener = Listener::from(listener);
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(rpc::services(&sandbox, &handler));

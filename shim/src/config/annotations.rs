@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use dyad_runtime_handler::config::annotation;
 use dyad_runtime_handler::{Error, Result};
 
 use super::{Config, invalid, nearest};
@@ -9,26 +10,18 @@ use super::{Config, invalid, nearest};
 /// The domain of our annotations.
 pub const PREFIX: &str = "dyad.dev/";
 
-/// Every annotation that exists; what each does is its reader's.
-const KNOWN: [&str; 7] = [
-    "dyad.dev/accelerator",
-    "dyad.dev/boot",
-    "dyad.dev/disk-gib",
-    "dyad.dev/kernel-params",
-    "dyad.dev/memory-mib",
-    "dyad.dev/migration-source",
-    "dyad.dev/vcpus",
-];
-
 /// # Errors
 /// `InvalidArgument` with the nearest name, where `name` is no annotation of ours.
 pub(super) fn check_known(name: &str) -> Result<()> {
-    if KNOWN.contains(&name) {
+    if annotation::ALL.contains(&name) {
         return Ok(());
     }
-    Err(invalid(match nearest(name, KNOWN.into_iter()) {
+    Err(invalid(match nearest(name, annotation::ALL.into_iter()) {
         Some(near) => format!("unknown annotation {name}; did you mean {near}?"),
-        None => format!("unknown annotation {name}; known: {}", KNOWN.join(", ")),
+        None => format!(
+            "unknown annotation {name}; known: {}",
+            annotation::ALL.join(", ")
+        ),
     }))
 }
 

@@ -556,7 +556,7 @@ fn refusal_error(container: &str, refusal: &Refusal) -> Error {
 }
 
 /// Where a bundle's record of our own lies; see [`Launch`].
-pub(super) fn write_launch(launch: &Launch, id: &str, role: Role, bundle: &PathBuf) -> Result<()> {
+pub(super) fn write_launch(launch: &Launch, id: &str, role: Role, bundle: &Path) -> Result<()> {
     launch.for_container(id, role).write(bundle)
 }
 

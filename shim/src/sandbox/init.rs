@@ -413,7 +413,7 @@ impl Driver {
         &mut self,
         container: &str,
         ticket: Ticket,
-        resources: Resources,
+        resources: Box<Resources>,
         reply: Reply<()>,
     ) {
         let ready = self

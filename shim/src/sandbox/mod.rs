@@ -251,7 +251,7 @@ pub(crate) enum Change {
         grace: Duration,
         reply: Reply<()>,
     },
-    Update(Resources, Reply<()>),
+    Update(Box<Resources>, Reply<()>),
     AddExec(Box<ExecRequest>, Reply<()>),
     Resize {
         width: u16,
@@ -347,7 +347,7 @@ impl Sandbox {
     /// Of the backend; a refusal of the state.
     pub async fn update(&self, container: String, resources: Resources) -> Result<()> {
         self.change(ProcessId::init(container), |reply| {
-            Change::Update(resources, reply)
+            Change::Update(Box::new(resources), reply)
         })
         .await
     }
