@@ -1,0 +1,653 @@
+//! A machine with the agent in it, for tests.
+
+use std::future::Future;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use dyad_agent_api::link::host::{self, CallError, Client, InputWriter, OutputReader};
+use dyad_agent_api::link::{PORT_NAME, StdFd, StreamKey};
+use dyad_agent_api::proto::agent::{
+    CreateOptions, Interface, Route, SetupRequest, SetupResponse, ShutdownRequest,
+    ShutdownResponse, StreamState, StreamsRequest, StreamsResponse,
+};
+use dyad_agent_api::protobuf::well_known_types::any::Any;
+use dyad_agent_api::protobuf::{Message, MessageField};
+use dyad_agent_api::task_api::api::{
+    CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty,
+    ExecProcessRequest, KillRequest, StartRequest, StartResponse, StateRequest, StateResponse,
+    Status, WaitRequest, WaitResponse,
+};
+use dyad_agent_api::ttrpc::Code;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use tokio::time::timeout;
+
+/// Service names.
+pub const SANDBOX: &str = "dyad.agent.v1.Sandbox";
+pub const TASK: &str = "containerd.task.v3.Task";
+
+const MAC: &str = "52:54:00:12:34:56";
+const POD_SERIAL: &str = "pod-disk-of-the-tests-that-is-long";
+const IMAGE_SERIAL: &str = "image-busybox";
+
+/// No single step takes this long, even on a busy host without KVM.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Runs `test` with a deadline.
+pub fn run<T>(test: impl Future<Output = T>) -> T {
+    let runtime = runtime();
+    runtime.block_on(async {
+        timeout(4 * PATIENCE, test)
+            .await
+            .expect("test takes too long")
+    })
+}
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+/// Runs `test` on the machine that the tests share.
+pub fn on_machine<F: Future<Output = ()>>(test: impl FnOnce(Arc<Machine>) -> F) {
+    static SHARED: OnceLock<(Runtime, Arc<Machine>)> = OnceLock::new();
+    let (runtime, machine) = SHARED.get_or_init(|| {
+        let runtime = runtime();
+        // On the runtime's own thread: QEMU goes with the thread that started it, and a
+        // test's thread ends with its test.
+        let booted = runtime.spawn(async {
+            // Its folder goes with the pod, which lives as long as the tests.
+            let pod = Box::leak(Box::new(Pod::new()));
+            Arc::new(Machine::boot(pod).await)
+        });
+        let machine = runtime.block_on(booted).expect("the shared machine");
+        (runtime, machine)
+    });
+    runtime.block_on(async {
+        timeout(4 * PATIENCE, test(Arc::clone(machine)))
+            .await
+            .expect("test takes too long");
+    });
+}
+
+/// The disks of a pod, which outlive its machine.
+pub struct Pod {
+    folder: TempDir,
+}
+
+impl Pod {
+    pub fn new() -> Self {
+        let folder = tempfile::Builder::new()
+            .prefix("dyad-agent")
+            .tempdir()
+            .unwrap();
+        let pod = Self { folder };
+        make_image(&pod.path("image"), &pod.path("image.erofs"));
+        let disk = std::fs::File::create(pod.path("pod.ext4")).unwrap();
+        disk.set_len(1 << 30).unwrap();
+        command("mkfs.ext4", &["-q", "-F"], &[&pod.path("pod.ext4")]);
+        pod
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
+fn command(program: &str, arguments: &[&str], paths: &[&Path]) {
+    let done = Command::new(program)
+        .args(arguments)
+        .args(paths)
+        .stdout(Stdio::null())
+        .status()
+        .unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(done.success(), "{program}: {done}");
+}
+
+fn make_image(tree: &Path, image: &Path) {
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"]
+        .into_iter()
+        .find(|path| Path::new(path).exists())
+        .expect("a static busybox");
+    for folder in ["bin", "etc", "tmp", "proc", "sys", "dev", "home/user"] {
+        std::fs::create_dir_all(tree.join(folder)).unwrap();
+    }
+    std::fs::copy(busybox, tree.join("bin/busybox")).unwrap();
+    let applets = Command::new(busybox).arg("--list").output().unwrap().stdout;
+    for applet in String::from_utf8(applets).unwrap().lines() {
+        let _ = std::os::unix::fs::symlink("busybox", tree.join("bin").join(applet));
+    }
+    std::fs::write(
+        tree.join("etc/passwd"),
+        "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
+    )
+    .unwrap();
+    std::fs::write(tree.join("etc/group"), "root:x:0:\nuser:x:1000:\n").unwrap();
+    std::fs::write(tree.join("etc/hosts"), "").unwrap();
+    command("mkfs.erofs", &["--quiet", "-T0"], &[image, tree]);
+}
+
+/// A booted machine whose guest is set up as a pod.
+pub struct Machine {
+    client: Client,
+    qemu: std::sync::Mutex<Child>,
+}
+
+impl Machine {
+    pub async fn boot(pod: &Pod) -> Self {
+        let guest = PathBuf::from(std::env::var_os("DYAD_GUEST").expect("DYAD_GUEST"));
+        let socket = pod.path("channel");
+        let console = pod.path("console");
+        let _ = std::fs::remove_file(&socket);
+        let drive = |name: &str, file: &str, more: &str| {
+            format!(
+                "file={},if=none,id={name},format=raw{more}",
+                pod.path(file).display()
+            )
+        };
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args([
+            "-machine",
+            "q35,accel=tcg",
+            "-m",
+            "256",
+            "-nodefaults",
+            "-no-reboot",
+        ])
+        .args(["-display", "none"])
+        .arg("-kernel")
+        .arg(guest.join("vmlinux"))
+        .arg("-initrd")
+        .arg(guest.join("initramfs.zst"))
+        .args([
+            "-append",
+            "console=ttyS0 quiet cryptomgr.notests panic=-1 dyad.log=debug",
+        ])
+        .args(["-serial", &format!("file:{}", console.display())])
+        .args(["-device", "virtio-serial-pci"])
+        .args([
+            "-chardev",
+            &format!(
+                "socket,id=channel,path={},server=on,wait=off",
+                socket.display()
+            ),
+        ])
+        .args([
+            "-device",
+            &format!("virtserialport,chardev=channel,name={PORT_NAME}"),
+        ])
+        .args(["-device", "virtio-scsi-pci,id=scsi"])
+        .args(["-drive", &drive("image", "image.erofs", ",readonly=on")])
+        .args([
+            "-device",
+            &format!("scsi-hd,drive=image,serial={IMAGE_SERIAL}"),
+        ])
+        .args(["-drive", &drive("pod", "pod.ext4", ",cache=unsafe")])
+        .args([
+            "-device",
+            &format!("virtio-blk-pci,drive=pod,serial={}", &POD_SERIAL[..20]),
+        ])
+        .args([
+            "-netdev",
+            "user,id=net",
+            "-device",
+            &format!("virtio-net-pci,netdev=net,mac={MAC}"),
+        ])
+        .stdin(Stdio::null());
+        // SAFETY: the closure makes one system call and touches no memory. The machine
+        // must not outlive tests that end without dropping it.
+        unsafe {
+            qemu.pre_exec(|| {
+                Ok(nix::sys::prctl::set_pdeathsig(
+                    nix::sys::signal::Signal::SIGKILL,
+                )?)
+            });
+        }
+        let qemu = qemu.spawn().expect("qemu-system-x86_64");
+        let client = Client::new(host::unix(socket));
+        if let Err(error) = client.ready(PATIENCE).await {
+            panic!(
+                "{error}: {}",
+                std::fs::read_to_string(&console).unwrap_or_default()
+            );
+        }
+        let machine = Self {
+            client,
+            qemu: std::sync::Mutex::new(qemu),
+        };
+        machine.set_up().await;
+        // Asking again changes nothing.
+        machine.set_up().await;
+        machine
+    }
+
+    async fn set_up(&self) {
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap();
+        let request = SetupRequest {
+            hostname: "pod-of-tests".into(),
+            unix_time_ns: u64::try_from(now.as_nanos()).unwrap(),
+            entropy: vec![7; 64],
+            pod_disk_serial: POD_SERIAL.into(),
+            interfaces: vec![Interface {
+                name: "eth0".into(),
+                mac: MAC.into(),
+                mtu: 1400,
+                addresses: vec!["10.0.2.15/24".into(), "fd00::5/64".into()],
+                ..Default::default()
+            }],
+            routes: vec![
+                Route {
+                    gateway: "10.0.2.2".into(),
+                    interface: "eth0".into(),
+                    family: 4,
+                    ..Default::default()
+                },
+                Route {
+                    destination: "169.254.1.1/32".into(),
+                    interface: "eth0".into(),
+                    family: 4,
+                    scope: 253,
+                    ..Default::default()
+                },
+                Route {
+                    gateway: "fd00::1".into(),
+                    interface: "eth0".into(),
+                    family: 6,
+                    ..Default::default()
+                },
+            ],
+            sysctls: [("net.ipv4.ip_local_port_range".into(), "20000 30000".into())].into(),
+            shm_size: 16 << 20,
+            ..Default::default()
+        };
+        let answer: SetupResponse = self.call(SANDBOX, "Setup", &request).await.unwrap();
+        assert!(!answer.boot_id.is_empty() && !answer.kernel_release.is_empty());
+    }
+
+    /// Calls, with a deadline.
+    pub async fn call<Req: Message, Resp: Message>(
+        &self,
+        service: &str,
+        method: &str,
+        request: &Req,
+    ) -> Result<Resp, CallError> {
+        timeout(PATIENCE, self.client.call(service, method, request))
+            .await
+            .unwrap_or_else(|_| panic!("{method} takes too long"))
+    }
+
+    pub async fn streams(&self) -> Vec<StreamState> {
+        let request = StreamsRequest::default();
+        let answer: StreamsResponse = self.call(SANDBOX, "Streams", &request).await.unwrap();
+        answer.streams
+    }
+
+    pub async fn state(&self, id: &str) -> Result<StateResponse, CallError> {
+        let request = StateRequest {
+            id: id.into(),
+            ..Default::default()
+        };
+        self.call(TASK, "State", &request).await
+    }
+
+    pub async fn create<'a>(&'a self, id: &str, args: &[&str]) -> Container<'a> {
+        self.create_with(id, args, |_, _| {}).await.unwrap()
+    }
+
+    pub async fn create_with<'a>(
+        &'a self,
+        id: &str,
+        args: &[&str],
+        change: impl FnOnce(&mut Value, &mut CreateOptions),
+    ) -> Result<Container<'a>, CallError> {
+        let mut spec = spec(args);
+        let mut options = CreateOptions {
+            root_disk_serial: IMAGE_SERIAL.into(),
+            ..Default::default()
+        };
+        change(&mut spec, &mut options);
+        options.spec_json = spec.to_string().into_bytes();
+        let terminal = spec["process"]["terminal"] == json!(true);
+        let request = CreateTaskRequest {
+            id: id.into(),
+            terminal,
+            stdin: "1".into(),
+            stdout: "1".into(),
+            stderr: if terminal { "" } else { "1" }.into(),
+            options: MessageField::some(Any {
+                type_url: "dyad.agent.v1.CreateOptions".into(),
+                value: options.write_to_bytes().unwrap(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let created: CreateTaskResponse = self.call(TASK, "Create", &request).await?;
+        assert!(created.pid > 1);
+        Ok(Container {
+            machine: self,
+            id: id.into(),
+            pid: created.pid,
+        })
+    }
+
+    /// Powers off; QEMU ends by itself.
+    pub async fn shut_down(self, grace: Duration) {
+        let request = ShutdownRequest {
+            grace_ms: u32::try_from(grace.as_millis()).unwrap(),
+            ..Default::default()
+        };
+        let _: ShutdownResponse = self.call(SANDBOX, "Shutdown", &request).await.unwrap();
+        let ended = tokio::task::spawn_blocking(move || {
+            let status = self.qemu.lock().unwrap().wait().unwrap();
+            (self, status)
+        });
+        let (_, status) = timeout(PATIENCE, ended).await.expect("power off").unwrap();
+        assert!(status.success(), "{status}");
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let mut qemu = self.qemu.lock().unwrap();
+        let _ = qemu.kill();
+        let _ = qemu.wait();
+    }
+}
+
+/// A container that was created.
+pub struct Container<'a> {
+    machine: &'a Machine,
+    id: String,
+    pid: u32,
+}
+
+impl Container<'_> {
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    pub async fn start(&self) -> u32 {
+        self.start_process("").await.unwrap()
+    }
+
+    pub async fn start_exec(&self, exec_id: &str) -> Result<u32, CallError> {
+        self.start_process(exec_id).await
+    }
+
+    async fn start_process(&self, exec_id: &str) -> Result<u32, CallError> {
+        let request = StartRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        let answer: StartResponse = self.machine.call(TASK, "Start", &request).await?;
+        Ok(answer.pid)
+    }
+
+    pub async fn status(&self) -> Status {
+        let state = self.machine.state(&self.id).await.unwrap();
+        state.status.enum_value().unwrap()
+    }
+
+    pub async fn wait(&self) -> u32 {
+        self.wait_exec("").await
+    }
+
+    pub async fn wait_exec(&self, exec_id: &str) -> u32 {
+        let request = WaitRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        let answer: WaitResponse = self.machine.call(TASK, "Wait", &request).await.unwrap();
+        assert!(answer.exited_at.seconds > 1_600_000_000, "the clock is set");
+        answer.exit_status
+    }
+
+    pub async fn kill(&self, signal: u32) -> Result<(), CallError> {
+        self.kill_exec("", signal).await
+    }
+
+    pub async fn kill_exec(&self, exec_id: &str, signal: u32) -> Result<(), CallError> {
+        let request = KillRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.into(),
+            signal,
+            ..Default::default()
+        };
+        self.machine
+            .call::<_, Empty>(TASK, "Kill", &request)
+            .await
+            .map(drop)
+    }
+
+    pub async fn add_exec(&self, exec_id: &str, args: &[&str], change: impl FnOnce(&mut Value)) {
+        let mut process = spec(args)["process"].take();
+        change(&mut process);
+        let terminal = process["terminal"] == json!(true);
+        let request = ExecProcessRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.into(),
+            terminal,
+            stdout: "1".into(),
+            spec: MessageField::some(Any {
+                value: process.to_string().into_bytes(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let _: Empty = self.machine.call(TASK, "Exec", &request).await.unwrap();
+    }
+
+    pub async fn delete_exec(&self, exec_id: &str) {
+        let request = DeleteRequest {
+            id: self.id.clone(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        let _: DeleteResponse = self.machine.call(TASK, "Delete", &request).await.unwrap();
+    }
+
+    pub async fn delete(&self) {
+        // Whoever deletes has drained.
+        self.read().await;
+        self.read_stderr().await;
+        self.try_delete().await.unwrap();
+    }
+
+    pub async fn try_delete(&self) -> Result<DeleteResponse, CallError> {
+        let request = DeleteRequest {
+            id: self.id.clone(),
+            ..Default::default()
+        };
+        self.machine.call(TASK, "Delete", &request).await
+    }
+
+    /// Kills, waits and deletes.
+    pub async fn end(&self) {
+        self.kill(9).await.unwrap();
+        assert_eq!(self.wait().await, 137);
+        self.delete().await;
+    }
+
+    pub fn output(&self, fd: StdFd) -> OutputReader {
+        self.reader(None, fd)
+    }
+
+    fn reader(&self, exec_id: Option<&str>, fd: StdFd) -> OutputReader {
+        let key = StreamKey::new(self.id.clone(), exec_id, fd);
+        self.machine.client.output(key, 0)
+    }
+
+    pub fn input(&self) -> InputWriter {
+        let key = StreamKey::new(self.id.clone(), None, StdFd::Stdin);
+        self.machine.client.input(key, 0)
+    }
+
+    /// All of stdout that was not acknowledged yet.
+    pub async fn read(&self) -> String {
+        read_all(self.output(StdFd::Stdout)).await
+    }
+
+    pub async fn read_stderr(&self) -> String {
+        read_all(self.output(StdFd::Stderr)).await
+    }
+
+    pub async fn read_exec(&self, exec_id: &str) -> String {
+        read_all(self.reader(Some(exec_id), StdFd::Stdout)).await
+    }
+
+    /// Stdout up to where `word` has come.
+    pub async fn read_until(&self, word: &str) -> String {
+        let mut seen = String::new();
+        read_more(&mut self.output(StdFd::Stdout), &mut seen, word).await;
+        seen
+    }
+}
+
+async fn read_all(mut reader: OutputReader) -> String {
+    let mut all = Vec::new();
+    let read = async {
+        // An error: there is no such stream, or it was drained before.
+        while let Ok(Some(chunk)) = reader.next().await {
+            all.extend_from_slice(&chunk.data);
+            reader.ack(chunk.end());
+        }
+    };
+    timeout(PATIENCE, read).await.expect("output does not end");
+    String::from_utf8_lossy(&all).into_owned()
+}
+
+/// Reads until `seen` holds `word`.
+pub async fn read_more(reader: &mut OutputReader, seen: &mut String, word: &str) {
+    while !seen.contains(word) {
+        let chunk = timeout(PATIENCE, reader.next())
+            .await
+            .unwrap_or_else(|_| panic!("{word:?} does not come: {seen}"));
+        let chunk = chunk
+            .unwrap()
+            .unwrap_or_else(|| panic!("ended without {word:?}: {seen}"));
+        seen.push_str(&String::from_utf8_lossy(&chunk.data));
+        reader.ack(chunk.end());
+    }
+}
+
+/// The code of a refusal.
+pub fn code(error: &CallError) -> Code {
+    match error {
+        CallError::Status { code, .. } => *code,
+        other => panic!("{other}"),
+    }
+}
+
+/// The text of a refusal.
+pub fn text(error: &CallError) -> String {
+    error.to_string()
+}
+
+/// Allows everything but mkdir, which fails with EPERM.
+pub fn filter_without_mkdir() -> Vec<u8> {
+    const LOAD: u16 = 0x20;
+    const JUMP_EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    const ALLOW: u32 = 0x7fff_0000;
+    const ERRNO: u32 = 0x0005_0000;
+    let instructions = [
+        (LOAD, 0, 0, 0),
+        (JUMP_EQUAL, 1, 0, libc::SYS_mkdir as u32),
+        (RETURN, 0, 0, ALLOW),
+        (RETURN, 0, 0, ERRNO | libc::EPERM as u32),
+    ];
+    let mut bytes = Vec::new();
+    for (code, jt, jf, k) in instructions {
+        bytes.extend(code.to_ne_bytes());
+        bytes.extend([jt, jf]);
+        bytes.extend(k.to_ne_bytes());
+    }
+    bytes
+}
+
+/// As `md5sum` prints it, by that program.
+pub fn md5(bytes: &[u8]) -> String {
+    use std::io::Write;
+    let mut child = Command::new("md5sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+    let out = child.wait_with_output().unwrap().stdout;
+    String::from_utf8(out)
+        .unwrap()
+        .split_whitespace()
+        .next()
+        .unwrap()
+        .into()
+}
+
+/// What containerd's CRI plugin would ask for, adapted to the guest.
+fn spec(args: &[&str]) -> Value {
+    let capabilities = json!([
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FSETID",
+        "CAP_FOWNER",
+        "CAP_MKNOD",
+        "CAP_NET_RAW",
+        "CAP_SETGID",
+        "CAP_SETUID",
+        "CAP_SETFCAP",
+        "CAP_SETPCAP",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_SYS_CHROOT",
+        "CAP_KILL",
+        "CAP_AUDIT_WRITE"
+    ]);
+    json!({
+        "ociVersion": "1.2.1",
+        "process": {
+            "user": {"uid": 0, "gid": 0, "additionalGids": [0, 10]},
+            "args": args, "cwd": "/", "env": ["TERM=xterm"],
+            "capabilities": {
+                "bounding": capabilities, "effective": capabilities, "permitted": capabilities
+            },
+            "noNewPrivileges": false
+        },
+        "root": {"path": "rootfs"},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}
+        ],
+        "linux": {
+            "cgroupsPath": "/kubepods/burstable/pod1/c",
+            "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}],
+            "resources": {
+                "devices": [
+                    {"allow": false, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 1, "minor": 5, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 1, "minor": 8, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 1, "minor": 9, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 5, "minor": 0, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 5, "minor": 1, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 5, "minor": 2, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 136, "access": "rwm"}
+                ],
+                "memory": {}, "cpu": {"shares": 100, "period": 100000}
+            }
+        }
+    })
+}
