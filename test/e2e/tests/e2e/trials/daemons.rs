@@ -10,7 +10,7 @@ use dyad_e2e::wait::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Case, DYAD, MACHINES, case};
+use super::{Case, DYAD, MACHINES, case, shim_of};
 use crate::context::{Context, SOON, same};
 
 pub const CASES: &[Case] = &[
@@ -80,19 +80,6 @@ fn machines_survive_libvirtds_kill_and_restart(context: &Context<'_>) -> Result<
     context.crictl.stop(&container.id, 30)?;
     same("exit code", container.status()?.exit_code, 42)?;
     pod.remove()
-}
-
-/// The pod's shim.
-fn shim_of(pod: &str) -> Result<Pid> {
-    for entry in std::fs::read_dir("/proc")?.flatten() {
-        let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let command = String::from_utf8_lossy(&command);
-        if command.contains("containerd-shim-") && command.contains(pod) {
-            let name = entry.file_name();
-            return Ok(Pid::from_raw(name.to_string_lossy().parse()?));
-        }
-    }
-    bail!("no shim has {pod} in its command line")
 }
 
 fn a_killed_shim_is_cleaned_up(context: &Context<'_>) -> Result<()> {

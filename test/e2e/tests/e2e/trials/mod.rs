@@ -1,16 +1,19 @@
 //! The trials, by theme.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use libtest_mimic::Completion;
+use nix::unistd::Pid;
 
 use crate::context::{Context, Handler};
 
 mod bad_input;
+mod critest;
 mod daemons;
 mod delete;
 mod events;
 mod exec;
 mod files;
+mod kinds;
 mod lifecycle;
 mod network;
 mod outside_cri;
@@ -84,6 +87,19 @@ macro_rules! case {
 }
 pub(crate) use case;
 
+/// The pod's shim.
+pub fn shim_of(pod: &str) -> Result<Pid> {
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let command = String::from_utf8_lossy(&command);
+        if command.contains("containerd-shim-") && command.contains(pod) {
+            let name = entry.file_name();
+            return Ok(Pid::from_raw(name.to_string_lossy().parse()?));
+        }
+    }
+    bail!("no shim has {pod} in its command line")
+}
+
 /// All of them.
 pub fn all() -> Vec<Case> {
     [
@@ -94,8 +110,10 @@ pub fn all() -> Vec<Case> {
         files::CASES,
         network::CASES,
         resources::CASES,
+        kinds::CASES,
         events::CASES,
         outside_cri::CASES,
+        critest::CASES,
         delete::CASES,
         bad_input::CASES,
         daemons::CASES,
