@@ -28,6 +28,22 @@ impl std::fmt::Display for Kind {
     }
 }
 
+/// The annotations that a pod may carry where the configuration allows them, by exact
+/// name. All are for machines; containers take no notice, so that the same Pod runs as
+/// either.
+pub mod annotation {
+    /// What the machine boots: `image`, the pod's images under our kernel and agent.
+    pub const BOOT: &str = "dyad.dev/boot";
+    /// Virtual size of the pod's writable disk, a Kubernetes quantity (`20Gi`).
+    pub const DISK: &str = "dyad.dev/disk";
+    /// Memory of the machine, a Kubernetes quantity (`512Mi`).
+    pub const MEMORY: &str = "dyad.dev/memory";
+    /// vCPUs of the machine, a whole number.
+    pub const VCPUS: &str = "dyad.dev/vcpus";
+    /// All of them.
+    pub const ALL: [&str; 4] = [BOOT, DISK, MEMORY, VCPUS];
+}
+
 /// Section `[container]`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use dyad_runtime_handler::Error;
-use dyad_runtime_handler::config::MachineConfig;
+use dyad_runtime_handler::config::{MachineConfig, annotation};
 use dyad_runtime_handler::error::Result;
 
 use crate::domain::Size;
@@ -20,14 +20,6 @@ const VCPUS_GROWTH: u32 = 16;
 const VCPUS_MAX: u32 = 255;
 /// Disks beyond are a mistake in units.
 const DISK_MAX_GIB: u64 = 64 << 10;
-
-/// `dyad.dev/*` annotations that mean something to a machine.
-pub const ANNOTATIONS: [&str; 4] = [
-    "dyad.dev/boot",
-    "dyad.dev/disk",
-    "dyad.dev/memory",
-    "dyad.dev/vcpus",
-];
 
 /// What the host has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,13 +53,13 @@ pub fn plan(
     host: Host,
 ) -> Result<PodSize> {
     for (name, value) in own {
-        if !ANNOTATIONS.contains(&name.as_str()) {
+        if !annotation::ALL.contains(&name.as_str()) {
             return Err(Error::InvalidArgument(format!(
                 "annotation {name}: unknown; a machine knows {}",
-                ANNOTATIONS.join(", ")
+                annotation::ALL.join(", ")
             )));
         }
-        if name == "dyad.dev/boot" && value != "image" {
+        if name == annotation::BOOT && value != "image" {
             return Err(Error::InvalidArgument(format!(
                 "annotation {name}: {value:?} is not supported, only \"image\" is"
             )));
@@ -86,7 +78,7 @@ pub fn plan(
     let shares = number("io.kubernetes.cri.sandbox-cpu-shares")?.unwrap_or(0);
     let limit = number("io.kubernetes.cri.sandbox-memory")?.unwrap_or(0);
 
-    let vcpus = match own.get("dyad.dev/vcpus") {
+    let vcpus = match own.get(annotation::VCPUS) {
         Some(text) => text
             .parse()
             .ok()
@@ -103,9 +95,9 @@ pub fn plan(
     }
     .clamp(1, VCPUS_MAX);
 
-    let (memory_mib, memory_from) = match own.get("dyad.dev/memory") {
+    let (memory_mib, memory_from) = match own.get(annotation::MEMORY) {
         Some(text) => (
-            quantity_mib("dyad.dev/memory", text)?,
+            quantity_mib(annotation::MEMORY, text)?,
             format!("annotation dyad.dev/memory: {text}"),
         ),
         None if limit > 0 => (
@@ -128,8 +120,8 @@ pub fn plan(
             host.memory_mib
         )));
     }
-    let disk_gib = match own.get("dyad.dev/disk") {
-        Some(text) => quantity_mib("dyad.dev/disk", text)?.div_ceil(1024),
+    let disk_gib = match own.get(annotation::DISK) {
+        Some(text) => quantity_mib(annotation::DISK, text)?.div_ceil(1024),
         None => config.disk_gib,
     };
     if !(1..=DISK_MAX_GIB).contains(&disk_gib) {
