@@ -254,6 +254,15 @@ impl Container {
             .await
     }
 
+    /// Unmounts the root file system. The kernel writes back all that is dirty on the
+    /// disk below an overlay first, so this keeps off the thread that serves the pod.
+    async fn unmount(&self) -> Result<()> {
+        let target = self.facts.bundle.join("rootfs");
+        tokio::task::spawn_blocking(move || rootfs::unmount_all(&target))
+            .await
+            .unwrap_or_else(|panic| Err(Error::other("unmount the root file system", panic)))
+    }
+
     fn not_found(&self) -> Error {
         Error::NotFound(format!("container {}", self.facts.id))
     }
@@ -579,9 +588,16 @@ impl Instance for Container {
         };
         self.kill(&init).await?;
         init.process.drain().await;
-        self.delete_state().await?;
+        if self.facts.has_stop_hooks {
+            // They may look at the root file system.
+            self.delete_state().await?;
+            self.unmount().await?;
+        } else {
+            // Neither needs the other, and both take their time.
+            let (deleted, unmounted) = tokio::join!(self.delete_state(), self.unmount());
+            deleted.and(unmounted)?;
+        }
         self.runtime.finish();
-        rootfs::unmount_all(&self.facts.bundle.join("rootfs"))?;
         *lock(&self.init) = None;
         lock(&self.execs).clear();
         Ok(())

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use dyad_runtime_handler::cgroup::is_systemd;
 use dyad_runtime_handler::spec::ContainerSpec;
-use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Process as OciProcess, Spec};
+use oci_spec::runtime::{Hook, LinuxIdMapping, LinuxNamespaceType, Process as OciProcess, Spec};
 
 /// Where an image's stop signal is told, when its puller tells (OCI image-spec,
 /// conversion.md).
@@ -19,6 +19,7 @@ pub(crate) struct Facts {
     pub cgroups_path: Option<String>,
     pub own_pid_namespace: bool,
     pub has_start_hooks: bool,
+    pub has_stop_hooks: bool,
     pub stop_signal: i32,
     /// Owner of init's stdio on the host.
     pub owner: (u32, u32),
@@ -47,11 +48,10 @@ impl Facts {
                 all.iter()
                     .any(|ns| ns.typ() == LinuxNamespaceType::Pid && ns.path().is_none())
             });
-        let has_start_hooks = oci
-            .hooks()
-            .as_ref()
-            .and_then(|hooks| hooks.poststart().as_ref())
-            .is_some_and(|hooks| !hooks.is_empty());
+        let hooks = oci.hooks().as_ref();
+        let any = |hooks: Option<&Vec<Hook>>| hooks.is_some_and(|hooks| !hooks.is_empty());
+        let has_start_hooks = any(hooks.and_then(|hooks| hooks.poststart().as_ref()));
+        let has_stop_hooks = any(hooks.and_then(|hooks| hooks.poststop().as_ref()));
         let stop_signal = oci
             .annotations()
             .as_ref()
@@ -65,6 +65,7 @@ impl Facts {
             cgroups_path,
             own_pid_namespace,
             has_start_hooks,
+            has_stop_hooks,
             stop_signal,
             owner,
             ids,

@@ -83,6 +83,10 @@ impl Cgroup {
         if signal == libc::SIGKILL && self.kill_v2()? {
             return Ok(());
         }
+        // At the end of most processes nothing is left, and freezing takes its time.
+        if self.procs()?.is_empty() {
+            return Err(Error::NotFound("a process in the cgroup".into()));
+        }
         let was_frozen = self.is_frozen();
         // Without a freezer there is still the list.
         let froze = !was_frozen && self.freeze().await.is_ok();
@@ -94,11 +98,7 @@ impl Cgroup {
     }
 
     fn signal_each(&self, signal: i32) -> Result<()> {
-        let pids = self.procs()?;
-        if pids.is_empty() {
-            return Err(Error::NotFound("a process in the cgroup".into()));
-        }
-        for pid in pids {
+        for pid in self.procs()? {
             match kill_raw(pid as i32, signal) {
                 Ok(()) | Err(Errno::ESRCH) => {}
                 Err(errno) => {
