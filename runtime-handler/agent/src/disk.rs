@@ -21,7 +21,9 @@ pub async fn by_serial(serial: &str) -> Result<PathBuf> {
     check_serial(serial)?;
     let what = format!("the disk with serial {serial:?}");
     uevent::wait_for(&what, APPEARS_WITHIN, || {
-        find(Path::new("/sys/block"), serial)
+        let node = find(Path::new("/sys/block"), serial)?;
+        // sysfs shows a disk a moment before it can be opened (ENXIO); its uevent comes after.
+        Ok(node.filter(|node| std::fs::File::open(node).is_ok()))
     })
     .await
 }
