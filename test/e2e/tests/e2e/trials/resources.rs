@@ -18,8 +18,10 @@ pub const CASES: &[Case] = &[
 const MIB: u64 = 1 << 20;
 
 /// Memory limit in bytes, CPU quota and period, most processes: from the inside, by
-/// cgroup v2 or v1, whichever is mounted there.
-const LIMITS: &str = "cd /sys/fs/cgroup; if [ -e memory.max ]; then cat memory.max cpu.max pids.max; else \
+/// cgroup v2 or v1, whichever is mounted there. Without a cgroup namespace v2 shows
+/// the whole tree.
+const LIMITS: &str = "cd /sys/fs/cgroup; if [ -e cgroup.controllers ]; then \
+                      [ -e memory.max ] || cd ./$(sed -n 's/^0:://p' /proc/self/cgroup); cat memory.max cpu.max pids.max; else \
                       cat memory/memory.limit_in_bytes; echo $(cat cpu/cpu.cfs_quota_us cpu/cpu.cfs_period_us); \
                       cat pids/pids.max 2>/dev/null; fi";
 
