@@ -26,10 +26,10 @@ pub async fn create(cgroups_path: &str, cpu_shares: Option<u64>) -> Result<Cgrou
     let hierarchies = Hierarchies::of_host()?;
     let group = hierarchies.at(cgroups_path)?;
     let made = make(&hierarchies, &group, cpu_shares);
-    if made.is_err() {
-        if let Err(error) = group.remove().await {
-            log::warn!("{}", error.chain());
-        }
+    if made.is_err()
+        && let Err(error) = group.remove().await
+    {
+        log::warn!("{}", error.chain());
     }
     made.context(|| format!("make the pod's cgroup {cgroups_path}"))?;
     Ok(group)
@@ -69,10 +69,10 @@ fn make_cpuset(dir: &Path) -> io::Result<()> {
     }
     for file in ["cpuset.cpus", "cpuset.mems"] {
         let own = dir.join(file);
-        if fs::read_to_string(&own)?.trim().is_empty() {
-            if let Some(parent) = dir.parent() {
-                fs::write(&own, fs::read_to_string(parent.join(file))?)?;
-            }
+        if fs::read_to_string(&own)?.trim().is_empty()
+            && let Some(parent) = dir.parent()
+        {
+            fs::write(&own, fs::read_to_string(parent.join(file))?)?;
         }
     }
     Ok(())

@@ -90,9 +90,20 @@ struct Shared {
     state: Mutex<State>,
 }
 
+/// An open connection; `virt`'s own type closes nothing when dropped.
+struct Connection(Connect);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.close() {
+            debug!("close the connection to libvirt: {error}");
+        }
+    }
+}
+
 #[derive(Default)]
 struct State {
-    connection: Option<Connect>,
+    connection: Option<Arc<Connection>>,
     watch: Option<Watch>,
 }
 
@@ -374,14 +385,14 @@ impl Shared {
         let started = Instant::now();
         let mut connection = self.connection()?;
         loop {
-            let error = match body(&connection) {
+            let error = match body(&connection.0) {
                 Ok(value) => return Ok(value),
                 Err(error) => error,
             };
             if error.code() == ErrorNumber::NoDomain {
                 return Err(LibvirtError::NoDomain(uuid.to_string()));
             }
-            let connection_lost = !connection.is_alive().unwrap_or(false);
+            let connection_lost = !connection.0.is_alive().unwrap_or(false);
             if !connection_lost || started.elapsed() > RECONNECT_PATIENCE {
                 return Err(LibvirtError::Refused {
                     what: format!("{what} {uuid}"),
@@ -401,12 +412,12 @@ impl Shared {
     }
 
     /// The connection, made if there is none that lives.
-    fn connection(self: &Arc<Self>) -> Result<Connect, LibvirtError> {
+    fn connection(self: &Arc<Self>) -> Result<Arc<Connection>, LibvirtError> {
         let mut state = self.lock();
-        if let Some(connection) = &state.connection {
-            if connection.is_alive().unwrap_or(false) {
-                return Ok(connection.clone());
-            }
+        if let Some(connection) = &state.connection
+            && connection.0.is_alive().unwrap_or(false)
+        {
+            return Ok(Arc::clone(connection));
         }
         // Unreferenced only after the lock is gone: its last close runs callbacks.
         let dead = state.connection.take();
@@ -419,13 +430,15 @@ impl Shared {
             source,
         };
         start_event_loop().map_err(unreachable)?;
-        let connection = Connect::open(Some(&self.uri)).map_err(unreachable)?;
-        register_close(&connection, &Arc::downgrade(self)).map_err(unreachable)?;
+        let connection = Connect::open(Some(&self.uri))
+            .map(|open| Arc::new(Connection(open)))
+            .map_err(unreachable)?;
+        register_close(&connection.0, &Arc::downgrade(self)).map_err(unreachable)?;
         if let Some(uuid) = watched {
             // Events first, then the state: what changes in between is seen twice, not never.
-            match Domain::lookup_by_uuid(&connection, uuid) {
+            match Domain::lookup_by_uuid(&connection.0, uuid) {
                 Ok(domain) => {
-                    register_domain_events(&connection, &domain, &Arc::downgrade(self))
+                    register_domain_events(&connection.0, &domain, &Arc::downgrade(self))
                         .map_err(unreachable)?;
                     let now = observe(&domain).map_err(unreachable)?;
                     self.catch_up(now);
@@ -438,7 +451,7 @@ impl Shared {
         }
         let mut state = self.lock();
         // Another thread may have been quicker; one of the two is let go.
-        let surplus = state.connection.replace(connection.clone());
+        let surplus = state.connection.replace(Arc::clone(&connection));
         drop(state);
         drop(surplus);
         debug!("connected to libvirt at {}", self.uri);
@@ -548,10 +561,9 @@ unsafe extern "C" fn on_lifecycle(
     opaque: Opaque,
 ) -> libc::c_int {
     // SAFETY: registered with `opaque`, freed only by `free_opaque` afterwards.
-    if let Some(shared) = unsafe { shared_of(opaque) } {
-        if let Some(change) = events::lifecycle(event, detail) {
-            shared.tell(change);
-        }
+    let shared = unsafe { shared_of(opaque) };
+    if let (Some(shared), Some(change)) = (shared, events::lifecycle(event, detail)) {
+        shared.tell(change);
     }
     0
 }

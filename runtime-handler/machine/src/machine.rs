@@ -629,10 +629,8 @@ impl Machine {
             }
             Err(_) => false,
         };
-        if !asked {
-            if let Err(error) = self.libvirt.press_power_button(self.record.uuid).await {
-                debug!("{}", Error::from(error).chain());
-            }
+        if !asked && let Err(error) = self.libvirt.press_power_button(self.record.uuid).await {
+            debug!("{}", Error::from(error).chain());
         }
         let extra = if asked {
             POWER_OFF_PATIENCE
@@ -798,10 +796,8 @@ impl Machine {
     /// # Errors
     /// What could not be removed.
     pub async fn delete(&self) -> Result<()> {
-        if !self.is_off() {
-            if let Err(error) = self.destroy(libc::SIGKILL).await {
-                warn!("{}", error.chain());
-            }
+        if let Err(error) = self.destroy(libc::SIGKILL).await {
+            warn!("{}", error.chain());
         }
         self.stop_following();
         self.agent().close();

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::Result;
-use oci_spec::runtime::{Hooks, LinuxDevice, LinuxNamespaceType, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{
+    Hooks, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxSeccomp, Process, Spec,
+};
 
 /// The pod as its sandbox's spec describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -132,6 +134,16 @@ pub fn container(mut oci: Spec) -> Result<GuestSpec> {
     });
     for namespace in &mut namespaces {
         namespace.set_path(None);
+    }
+    // The guest has cgroup v2, whatever the host has: there a container sees its own group
+    // as the root, as containerd asks for where it knows of v2.
+    if !namespaces
+        .iter()
+        .any(|n| n.typ() == LinuxNamespaceType::Cgroup)
+    {
+        let mut cgroup = LinuxNamespace::default();
+        cgroup.set_typ(LinuxNamespaceType::Cgroup);
+        namespaces.push(cgroup);
     }
     linux.set_namespaces(Some(namespaces));
 
@@ -312,7 +324,11 @@ mod tests {
         .expect("spec");
         assert_eq!(
             kinds(&got),
-            [LinuxNamespaceType::Pid, LinuxNamespaceType::Mount]
+            [
+                LinuxNamespaceType::Pid,
+                LinuxNamespaceType::Mount,
+                LinuxNamespaceType::Cgroup
+            ]
         );
         assert!(got.readonly_root);
         assert!(got.seccomp.is_some());
@@ -338,7 +354,10 @@ mod tests {
         );
         assert_ne!(json, shared);
         let got = container(spec(&shared)).expect("spec");
-        assert_eq!(kinds(&got), [LinuxNamespaceType::Mount]);
+        assert_eq!(
+            kinds(&got),
+            [LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup]
+        );
     }
 
     #[test]

@@ -34,8 +34,14 @@ impl Netns {
         std::thread::spawn(move || {
             unshare(CloneFlags::CLONE_NEWNET).expect("unshare");
             let none: Option<&str> = None;
-            mount(Some("/proc/thread-self/ns/net"), &to, none, MsFlags::MS_BIND, none)
-                .expect("bind the namespace");
+            mount(
+                Some("/proc/thread-self/ns/net"),
+                &to,
+                none,
+                MsFlags::MS_BIND,
+                none,
+            )
+            .expect("bind the namespace");
         })
         .join()
         .expect("thread");
@@ -62,8 +68,7 @@ impl Netns {
                         .build()
                         .expect("runtime");
                     runtime.block_on(async {
-                        let (connection, handle, _) =
-                            rtnetlink::new_connection().expect("netlink");
+                        let (connection, handle, _) = rtnetlink::new_connection().expect("netlink");
                         tokio::spawn(connection);
                         work(handle).await
                     })
@@ -82,7 +87,13 @@ impl Drop for Netns {
 
 async fn index(handle: &Handle, name: &str) -> u32 {
     let mut links = handle.link().get().match_name(name).execute();
-    links.try_next().await.expect("link").expect("link").header.index
+    links
+        .try_next()
+        .await
+        .expect("link")
+        .expect("link")
+        .header
+        .index
 }
 
 async fn up(handle: &Handle, name: &str) -> u32 {
@@ -165,7 +176,11 @@ fn is_arp(frame: &[u8], operation: u8, from: Ipv4Addr) -> bool {
 }
 
 /// The next frame that is wanted, out of all that pass; `None` after the time.
-fn await_frame(file: &mut File, wanted: impl Fn(&[u8]) -> bool, bound: Duration) -> Option<Vec<u8>> {
+fn await_frame(
+    file: &mut File,
+    wanted: impl Fn(&[u8]) -> bool,
+    bound: Duration,
+) -> Option<Vec<u8>> {
     let deadline = Instant::now() + bound;
     let mut buffer = [0; 4096];
     loop {
@@ -199,7 +214,10 @@ fn the_machine_takes_over_the_pod_s_interface_and_the_kernel_stays_silent() {
     let world_fd = File::open(&world.path).expect("namespace");
     pod.with(|handle| async move {
         let mac = vec![0x0a, 0x58, 10, 99, 0, 5];
-        let pair = LinkVeth::new("eth0", "peer0").address(mac).mtu(1400).build();
+        let pair = LinkVeth::new("eth0", "peer0")
+            .address(mac)
+            .mtu(1400)
+            .build();
         handle.link().add(pair).execute().await.expect("veth");
         let peer = index(&handle, "peer0").await;
         let moved = LinkUnspec::new_with_index(peer)
@@ -224,7 +242,9 @@ fn the_machine_takes_over_the_pod_s_interface_and_the_kernel_stays_silent() {
             .expect("address");
     });
     pod.with(|handle| async move {
-        let route = RouteMessageBuilder::<Ipv4Addr>::new().gateway(WORLD).build();
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .gateway(WORLD)
+            .build();
         handle.route().add(route).execute().await.expect("route");
     });
 
@@ -249,7 +269,10 @@ fn the_machine_takes_over_the_pod_s_interface_and_the_kernel_stays_silent() {
     let [route] = &plan.routes[..] else {
         panic!("one route, not {plan:?}");
     };
-    assert_eq!((route.destination.as_str(), route.gateway.as_str()), ("", "10.99.0.1"));
+    assert_eq!(
+        (route.destination.as_str(), route.gateway.as_str()),
+        ("", "10.99.0.1")
+    );
 
     let mut guest = open_tap(&interface.tap);
     runtime.block_on(async {
@@ -280,7 +303,8 @@ fn the_machine_takes_over_the_pod_s_interface_and_the_kernel_stays_silent() {
     guest
         .write_all(&arp(ARP_REPLY, Ipv4Addr::new(10, 99, 0, 200), WORLD))
         .expect("send");
-    let any_reply = |frame: &[u8]| frame.len() > 21 && frame[12..14] == [8, 6] && frame[21] == ARP_REPLY;
+    let any_reply =
+        |frame: &[u8]| frame.len() > 21 && frame[12..14] == [8, 6] && frame[21] == ARP_REPLY;
     let first = await_frame(&mut outside, any_reply, PATIENCE).expect("the guest's answer arrives");
     assert!(
         is_arp(&first, ARP_REPLY, Ipv4Addr::new(10, 99, 0, 200)),
@@ -322,7 +346,9 @@ fn a_tap_that_was_never_moved_is_removed_and_an_absent_one_is_fine() {
             .expect_err("no tap");
         assert!(error.to_string().contains("dytest0"), "{error}");
         let gone = Path::new("/run/netns/no-such-namespace");
-        apply::unwire(gone, vec!["eth0".into()]).await.expect("nothing to undo");
+        apply::unwire(gone, vec!["eth0".into()])
+            .await
+            .expect("nothing to undo");
         assert!(apply::read(gone).await.is_err());
     });
 }

@@ -59,7 +59,10 @@ async fn layers_are_merged_and_converted_once() {
     fs::create_dir_all(&upper).expect("dir");
 
     let (images, private) = (dir.path().join("images"), dir.path().join("private"));
-    let owner = QemuUser { uid: 64055, gid: 64055 };
+    let owner = QemuUser {
+        uid: 64055,
+        gid: 64055,
+    };
     let convert = || {
         apply::image(
             plan(&[&top, &base], Some(&upper)),
@@ -86,7 +89,7 @@ async fn layers_are_merged_and_converted_once() {
         .map(|entry| entry.expect("entry").path())
         .collect();
     left.retain(|path| !path.ends_with(".view"));
-    assert_eq!(left, [one.file.clone()]);
+    assert_eq!(left, std::slice::from_ref(&one.file));
     let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mounts");
     assert!(!mounts.contains(images.to_str().expect("utf-8")));
 
@@ -103,8 +106,12 @@ async fn many_layers_fit_the_kernel_s_option_page() {
         return;
     }
     let dir = tempfile::tempdir().expect("dir");
-    let long = dir.path().join("a-rather-long-name-as-snapshotters-have-them-io.containerd.snapshotter.v1.overlayfs");
-    let layers: Vec<PathBuf> = (0..60).map(|n| long.join(format!("snapshots/{n}/fs"))).collect();
+    let long = dir.path().join(
+        "a-rather-long-name-as-snapshotters-have-them-io.containerd.snapshotter.v1.overlayfs",
+    );
+    let layers: Vec<PathBuf> = (0..60)
+        .map(|n| long.join(format!("snapshots/{n}/fs")))
+        .collect();
     for (n, layer) in layers.iter().enumerate() {
         fs::create_dir_all(layer).expect("dir");
         fs::write(layer.join(format!("file-{n}")), "x").expect("file");
@@ -119,7 +126,10 @@ async fn many_layers_fit_the_kernel_s_option_page() {
         .await
         .expect("image");
     let names = list(&image.file);
-    assert!(names.contains("file-0") && names.contains("file-59"), "{names}");
+    assert!(
+        names.contains("file-0") && names.contains("file-59"),
+        "{names}"
+    );
     assert_eq!(std::env::current_dir().expect("cwd"), before);
 }
 
@@ -142,7 +152,11 @@ async fn the_pod_s_disk_is_a_sparse_filesystem_of_the_size_asked_for() {
     apply::pod_disk(disk.clone(), 10, None).await.expect("disk");
     let meta = fs::metadata(&disk).expect("file");
     assert_eq!(meta.len(), 10 << 30);
-    assert!(meta.blocks() * 512 < 16 << 20, "{} bytes used", meta.blocks() * 512);
+    assert!(
+        meta.blocks() * 512 < 16 << 20,
+        "{} bytes used",
+        meta.blocks() * 512
+    );
     let magic = fs::File::open(&disk)
         .and_then(|file| {
             use std::os::unix::fs::FileExt;

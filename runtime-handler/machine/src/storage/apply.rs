@@ -96,11 +96,11 @@ fn image_blocking(
 ) -> Result<Image> {
     let mut layers = plan.layers.clone();
     let mut private = plan.private;
-    if let Some(upper) = &plan.upper {
-        if has_entries(upper)? {
-            layers.insert(0, upper.clone());
-            private = true;
-        }
+    if let Some(upper) = &plan.upper
+        && has_entries(upper)?
+    {
+        layers.insert(0, upper.clone());
+        private = true;
     }
     let identities = layers
         .iter()
