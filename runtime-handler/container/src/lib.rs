@@ -17,6 +17,7 @@ mod console;
 mod container;
 mod facts;
 mod handler;
+mod idmap;
 mod process;
 mod rootfs;
 mod runtime;

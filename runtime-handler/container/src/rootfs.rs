@@ -10,6 +10,8 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
+use crate::idmap::{IdMap, mount_mapped};
+
 /// mount(2) takes one page of options, with the NUL at its end.
 const OPTIONS_MAX: usize = 4096 - 1;
 
@@ -24,6 +26,8 @@ struct Plan {
     data: String,
     /// Where the relative paths in `data` begin, where it had to be shortened.
     from: Option<PathBuf>,
+    /// Owners to be mapped: those below `from` of an overlay, else of the mount itself.
+    ids: Option<IdMap>,
 }
 
 /// Mounts all of `mounts` on `target`, in order; undoes those that succeeded when one
@@ -90,15 +94,19 @@ fn plan(root: &RootMount) -> Result<Plan> {
     let mut flags = MsFlags::empty();
     let mut propagation = MsFlags::empty();
     let mut data = Vec::new();
+    let (mut uids, mut gids) = (None, None);
     for option in &root.options {
         if let Some((flag, set)) = flag(option) {
             flags.set(flag, set);
         } else if let Some(kind) = propagation_flag(option) {
             propagation = kind;
-        } else if option == "loop" || option.starts_with("uidmap=") || option.starts_with("gidmap=")
-        {
+        } else if let Some(map) = option.strip_prefix("uidmap=") {
+            uids = Some(map);
+        } else if let Some(map) = option.strip_prefix("gidmap=") {
+            gids = Some(map);
+        } else if option == "loop" {
             return Err(Error::InvalidArgument(format!(
-                "rootfs mount option {option:?} of {}: not supported; use a snapshotter that mounts directories (overlayfs, native)",
+                "rootfs mount option \"loop\" of {}: not supported; use a snapshotter that mounts directories (overlayfs, native)",
                 root.source
             )));
         } else {
@@ -107,8 +115,18 @@ fn plan(root: &RootMount) -> Result<Plan> {
     }
     let bind = flags.contains(MsFlags::MS_BIND) || root.fstype == "bind";
     flags.set(MsFlags::MS_BIND, bind);
+    let ids = match (uids, gids) {
+        (Some(uids), Some(gids)) => Some(IdMap::parse(uids, gids).ok_or_else(|| {
+            Error::InvalidArgument(format!(
+                "rootfs mount of {}: cannot understand uidmap={uids} gidmap={gids}",
+                root.source
+            ))
+        })?),
+        _ => None,
+    };
     let joined = data.join(",");
-    let (data, from) = if joined.len() <= OPTIONS_MAX {
+    let map_layers = ids.is_some() && root.fstype == "overlay";
+    let (data, from) = if joined.len() <= OPTIONS_MAX && !map_layers {
         (joined, None)
     } else {
         let shortened = shorten(&data)
@@ -129,6 +147,7 @@ fn plan(root: &RootMount) -> Result<Plan> {
         propagation,
         data,
         from,
+        ids,
     })
 }
 
@@ -163,28 +182,51 @@ fn shorten(options: &[&str]) -> Option<(String, PathBuf)> {
     Some((all.join(","), common))
 }
 
-fn apply(plan: &Plan, target: &Path) -> nix::Result<()> {
-    match &plan.from {
-        None => apply_here(plan, target)?,
-        // The working directory is the process's; a thread can have its own.
-        Some(from) => std::thread::scope(|scope| {
-            let there = scope.spawn(|| {
-                unshare(CloneFlags::CLONE_FS)?;
-                nix::unistd::chdir(from.as_path())?;
-                apply_here(plan, target)
+fn apply(plan: &Plan, target: &Path) -> io::Result<()> {
+    match (&plan.from, &plan.ids) {
+        (None, _) => apply_here(plan, target)?,
+        (Some(from), None) => apply_from(from, plan, target)?,
+        (Some(from), Some(ids)) => {
+            // An overlay takes its layers' owners as they are seen through a mount that
+            // maps them, and keeps what it needs of that one.
+            let layers = target.with_file_name("dyad-layers");
+            fs::create_dir_all(&layers)?;
+            let mounted = mount_mapped(from, &layers, ids, true).and_then(|()| {
+                let mounted = apply_from(&layers, plan, target);
+                umount2(&layers, MntFlags::MNT_DETACH)?;
+                Ok(mounted?)
             });
-            there.join().unwrap_or(Err(Errno::EIO))
-        })?,
+            fs::remove_dir(&layers)?;
+            mounted?;
+        }
     }
-    let undo = |errno| {
+    finish(plan, target).inspect_err(|_| {
         let _ = umount2(target, MntFlags::MNT_DETACH);
-        errno
-    };
+    })
+}
+
+/// Mounts in a thread whose working directory is `from`: the process's own must stay.
+fn apply_from(from: &Path, plan: &Plan, target: &Path) -> nix::Result<()> {
+    std::thread::scope(|scope| {
+        let there = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_FS)?;
+            nix::unistd::chdir(from)?;
+            apply_here(plan, target)
+        });
+        there.join().unwrap_or(Err(Errno::EIO))
+    })
+}
+
+/// What needs calls of its own once it is mounted.
+fn finish(plan: &Plan, target: &Path) -> io::Result<()> {
+    if let (None, Some(ids)) = (&plan.from, &plan.ids) {
+        mount_mapped(target, target, ids, false)?;
+    }
     // A bind mount takes its flags only when mounted again.
     let later = plan.flags & !(MsFlags::MS_BIND | MsFlags::MS_REC);
     if plan.flags.contains(MsFlags::MS_BIND) && !later.is_empty() {
         let again = plan.flags | MsFlags::MS_REMOUNT;
-        mount(None::<&str>, target, None::<&str>, again, None::<&str>).map_err(undo)?;
+        mount(None::<&str>, target, None::<&str>, again, None::<&str>)?;
     }
     if !plan.propagation.is_empty() {
         mount(
@@ -193,8 +235,7 @@ fn apply(plan: &Plan, target: &Path) -> nix::Result<()> {
             None::<&str>,
             plan.propagation,
             None::<&str>,
-        )
-        .map_err(undo)?;
+        )?;
     }
     Ok(())
 }
@@ -331,10 +372,58 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_refused_by_name() {
-        for option in ["loop", "uidmap=0:1:2", "gidmap=0:1:2"] {
-            let error = plan(&root("erofs", &[option])).unwrap_err();
-            assert!(error.to_string().contains(option), "{error}");
+        let error = plan(&root("erofs", &["loop"])).unwrap_err();
+        assert!(error.to_string().contains("loop"), "{error}");
+        let error = plan(&root("overlay", &["uidmap=0:x", "gidmap=0:1:2"])).unwrap_err();
+        assert!(error.to_string().contains("uidmap=0:x"), "{error}");
+    }
+
+    #[test]
+    fn an_overlay_with_mapped_owners_takes_its_layers_from_one_directory() {
+        let lower = "lowerdir=/s/2/fs:/s/1/fs";
+        let plan = plan(&root("overlay", &[lower, "uidmap=0:9:5", "gidmap=0:9:5"])).unwrap();
+        assert_eq!(plan.ids, IdMap::parse("0:9:5", "0:9:5"));
+        assert_eq!(plan.data, "lowerdir=2/fs:1/fs");
+        assert_eq!(plan.from, Some(PathBuf::from("/s")));
+    }
+
+    /// Needs root: mounts for real.
+    #[test]
+    fn the_owners_of_an_overlays_files_are_mapped() {
+        use std::os::unix::fs::MetadataExt;
+        let temp = tempfile::tempdir().unwrap();
+        let base = temp.path().join("base");
+        let memory = RootMount {
+            fstype: "tmpfs".into(),
+            source: "tmpfs".into(),
+            options: Vec::new(),
+        };
+        mount_all(&[memory], &base).expect("mount a tmpfs: this test needs root");
+        for layer in ["1", "2", "upper", "work"] {
+            fs::create_dir(base.join(layer)).unwrap();
         }
+        fs::write(base.join("1/file"), "").unwrap();
+        std::os::unix::fs::chown(base.join("1/file"), Some(7), Some(8)).unwrap();
+        let base_dir = base.display();
+        let overlay = RootMount {
+            fstype: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![
+                format!("lowerdir={base_dir}/2:{base_dir}/1"),
+                format!("upperdir={base_dir}/upper"),
+                format!("workdir={base_dir}/work"),
+                "uidmap=0:100000:65536".into(),
+                "gidmap=0:200000:65536".into(),
+            ],
+        };
+        let target = temp.path().join("rootfs");
+        let mounted = mount_all(&[overlay], &target);
+        let file = fs::metadata(target.join("file")).map(|file| (file.uid(), file.gid()));
+        let unmounted = unmount_all(&target).and_then(|()| unmount_all(&base));
+        mounted.unwrap();
+        assert_eq!(file.unwrap(), (100_007, 200_008));
+        unmounted.unwrap();
+        assert!(!temp.path().join("dyad-layers").exists());
     }
 
     /// Needs root: mounts for real.
