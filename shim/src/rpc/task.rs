@@ -35,7 +35,16 @@ impl TaskService {
     }
 }
 
-/// Logs a refused request once, and turns its error into what containerd reads.
+/// Turns the error of a read into what containerd reads. It asks all the time, also for
+/// what is gone: nobody wants that in a log.
+fn read<T>(what: &str, result: Result<T>) -> ttrpc::Result<T> {
+    result.map_err(|error| {
+        debug!("{what}: {}", error.chain());
+        status(&error)
+    })
+}
+
+/// Logs a refused change once, and turns its error into what containerd reads.
 fn answer<T>(what: &str, result: Result<T>) -> ttrpc::Result<T> {
     result.map_err(|error| {
         match &error {
@@ -62,7 +71,7 @@ impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
         let StateRequest { id, exec_id, .. } = request;
         let process = process_id(id.clone(), exec_id.clone());
-        let view = answer("state", self.sandbox.state(process).await)?;
+        let view = read("state", self.sandbox.state(process).await)?;
         let (exit_status, exited_at) = match view.exit {
             Some(exit) => (exit.status, Some(timestamp(exit.at))),
             None => (0, None),
@@ -129,7 +138,7 @@ impl Task for TaskService {
             pids.into_iter().map(process_info).collect::<Result<_>>()
         };
         Ok(PidsResponse {
-            processes: answer("pids", result.await)?,
+            processes: read("pids", result.await)?,
             ..Default::default()
         })
     }
@@ -213,7 +222,7 @@ impl Task for TaskService {
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
         let process = process_id(request.id, request.exec_id);
-        let exit = answer("wait", self.sandbox.wait(process).await)?;
+        let exit = read("wait", self.sandbox.wait(process).await)?;
         Ok(WaitResponse {
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),
@@ -224,7 +233,7 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let result = async { stats(&self.sandbox.stats(request.id).await?) };
         Ok(StatsResponse {
-            stats: Some(answer("stats", result.await)?).into(),
+            stats: Some(read("stats", result.await)?).into(),
             ..Default::default()
         })
     }

@@ -15,6 +15,7 @@ use dyad_runtime_handler::handler::{
     Event, Exit, Instance, MachineEvent, ProcessId, RuntimeHandler,
 };
 use dyad_runtime_handler::spec::{PodInfo, Role};
+use dyad_runtime_handler::stats::Stats;
 use dyad_runtime_handler::{Error, Result};
 use log::{debug, error, info, warn};
 use tokio::sync::mpsc;
@@ -110,11 +111,7 @@ impl Driver {
             }
             Command::Wait(process, reply) => self.wait(&process, reply),
             Command::Pids(container, reply) => self.pids(&container, reply),
-            Command::Stats(container, reply) => {
-                self.read(&container, reply, |instance| async move {
-                    instance.stats().await
-                })
-            }
+            Command::Stats(container, reply) => self.stats(&container, reply),
             Command::View(reply) => {
                 let _ = reply.send(Ok(self.pod_view()));
             }
@@ -378,6 +375,23 @@ impl Driver {
             reply,
             |instance| async move { instance.pids().await },
         );
+    }
+
+    fn stats(&mut self, container: &str, reply: Reply<Stats>) {
+        let machine_is_off = self.pod.launch.kind == Kind::Machine
+            && self
+                .tasks
+                .get(container)
+                .is_some_and(|task| self.effective(task) == State::Stopped);
+        if machine_is_off {
+            let _ = reply.send(Err(Error::FailedPrecondition(format!(
+                "{container}: no usage to read: it is stopped and kept; start it first"
+            ))));
+            return;
+        }
+        self.read(container, reply, |instance| async move {
+            instance.stats().await
+        });
     }
 
     fn read<T: Send + 'static, F: Future<Output = Result<T>> + Send + 'static>(
