@@ -1,6 +1,6 @@
 //! The driver over a scripted backend: order of effects, events and answers.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dyad_runtime_handler::fake::{Fake, Reply as FakeReply};
