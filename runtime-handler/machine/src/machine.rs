@@ -11,7 +11,7 @@
 //! so. Whatever ends the machine ends every process in it, with the same status.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +29,8 @@ use dyad_runtime_handler::handler::{
 use dyad_runtime_handler::spec::ContainerSpec;
 use dyad_runtime_handler::stats::Stats;
 use log::{debug, info, warn};
+use nix::errno::Errno;
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -767,10 +769,21 @@ impl Machine {
                 "the machine is powered off, so its console is closed; start it first".into(),
             ));
         }
-        let socket = self.folder.console_socket();
-        let stream = std::os::unix::net::UnixStream::connect(&socket)
-            .context(|| format!("open the console {}", socket.display()))?;
-        Ok(stream.into())
+        let path = self.folder.console_socket();
+        // QEMU serves one client and lets few wait: a connect that blocks would block the shim.
+        let open = || -> nix::Result<OwnedFd> {
+            let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+            let fd = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+            socket::connect(fd.as_raw_fd(), &UnixAddr::new(&path)?)?;
+            Ok(fd)
+        };
+        match open() {
+            Ok(fd) => Ok(fd),
+            Err(Errno::EAGAIN) => Err(Error::FailedPrecondition(
+                "other clients are attached to the machine's console: leave those first".into(),
+            )),
+            Err(errno) => Err(errno).context(|| format!("open the console {}", path.display())),
+        }
     }
 
     /// The sandbox's id.

@@ -279,15 +279,10 @@ impl ConsoleWriter {
             .map_err(|error| classify(self.asked.clone(), error))
     }
 
-    /// Nothing more will be sent.
-    ///
-    /// # Errors
-    /// As the shim answers.
-    pub async fn close(&self) -> Result<()> {
-        self.sender
-            .close_send()
-            .await
-            .map_err(|error| classify(self.asked.clone(), error))
+    /// Ends the console.
+    pub async fn close(&self) {
+        // Where that fails it has ended.
+        let _ = self.sender.close_send().await;
     }
 }
 
@@ -397,7 +392,10 @@ fn task(wire: dyad_api::lifecycle::Task) -> Task {
     }
 }
 
+/// The sandbox first, then the containers by name.
 fn pod(wire: StateResponse) -> Pod {
+    let mut tasks: Vec<Task> = wire.tasks.into_iter().map(task).collect();
+    tasks.sort_by(|a, b| (!a.sandbox, &a.name, a.since).cmp(&(!b.sandbox, &b.name, b.since)));
     Pod {
         containerd_namespace: wire.containerd_namespace,
         sandbox_id: wire.sandbox_id,
@@ -405,7 +403,7 @@ fn pod(wire: StateResponse) -> Pod {
         pod_name: wire.pod_name,
         pod_uid: wire.pod_uid,
         kind: wire.kind,
-        tasks: wire.tasks.into_iter().map(task).collect(),
+        tasks,
         machine: wire.machine.into_option().map(|machine| Machine {
             uuid: machine.uuid,
             domain: machine.domain,

@@ -189,11 +189,12 @@ impl Pod {
         self.sandbox().is_some_and(|task| task.state.is_over())
     }
 
-    /// One word for the pod, or several joined by `,` where its containers differ:
-    /// the states of the containers that are not over, else the sandbox's.
+    /// One word for the pod, or several joined by `,` where its containers differ: the
+    /// sandbox's state where that is not running (a machine's holds for all in it), else
+    /// the states of the containers that are not over.
     pub fn summary(&self) -> String {
         let sandbox = self.sandbox().map_or(TaskState::Unknown, |task| task.state);
-        if sandbox.is_over() {
+        if !matches!(sandbox, TaskState::Running | TaskState::Unknown) {
             return sandbox.as_str().to_owned();
         }
         let mut states: Vec<TaskState> = Vec::new();
@@ -311,6 +312,9 @@ pub mod tests {
         let mut over = pod("p", "p", vec![task("c", "c", TaskState::Running)]);
         over.tasks[0].state = TaskState::Migrated;
         assert_eq!(over.summary(), "migrated");
+        // A machine that is paused has containers that would run.
+        over.tasks[0].state = TaskState::Paused;
+        assert_eq!(over.summary(), "paused");
     }
 
     #[test]

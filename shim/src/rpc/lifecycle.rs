@@ -6,12 +6,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use dyad_api::lifecycle as wire;
 use dyad_api::lifecycle_ttrpc::Lifecycle;
-use dyad_runtime_handler::Result;
 use dyad_runtime_handler::error::Context as _;
 use dyad_runtime_handler::handler::{MachineInfo, RuntimeHandler};
 use dyad_runtime_handler::pump::Fd;
+use dyad_runtime_handler::{Error, Result};
 use log::info;
 use protobuf::{EnumOrUnknown, MessageField};
+use tokio::sync::Semaphore;
 use ttrpc::r#async::{ServerStream, ServerStreamSender, TtrpcContext};
 
 use super::status::status;
@@ -23,17 +24,26 @@ use crate::sandbox::{PodView, Sandbox, TaskView, Transition};
 const GRACE_DEFAULT: Duration = Duration::from_secs(30);
 /// One console message.
 const CONSOLE_BYTES: usize = 4096;
+/// How often an idle console finds out whether its client is still there. ttrpc does not
+/// tell a stream's handler that the connection has ended; sending on it fails.
+const PRESENCE: Duration = Duration::from_secs(1);
 
 /// Serves the Lifecycle of one pod.
 pub struct LifecycleService {
     sandbox: Sandbox,
     handler: Arc<dyn RuntimeHandler>,
+    /// Held by the one client that is attached to the console.
+    console: Semaphore,
 }
 
 impl LifecycleService {
     /// Over this pod; the console is the handler's own.
     pub fn new(sandbox: Sandbox, handler: Arc<dyn RuntimeHandler>) -> Self {
-        Self { sandbox, handler }
+        Self {
+            sandbox,
+            handler,
+            console: Semaphore::new(1),
+        }
     }
 
     async fn operate(
@@ -55,6 +65,11 @@ impl LifecycleService {
         &self,
         stream: ServerStream<wire::ConsoleData, wire::ConsoleData>,
     ) -> Result<()> {
+        let Ok(_attached) = self.console.try_acquire() else {
+            return Err(Error::FailedPrecondition(
+                "another console is attached to this machine: leave that one first".into(),
+            ));
+        };
         let console = Fd::new(self.handler.console().await?)
             .context(|| "attach the machine's console".into())?;
         let (to_client, mut from_client) = stream.split();
@@ -85,9 +100,19 @@ impl LifecycleService {
             }
             Ok(())
         };
+        let presence = async {
+            let mut ticks = tokio::time::interval(PRESENCE);
+            loop {
+                ticks.tick().await;
+                if to_client.send(&wire::ConsoleData::new()).await.is_err() {
+                    return Ok(());
+                }
+            }
+        };
         tokio::select! {
             result = output => result,
             result = input => result,
+            result = presence => result,
         }
     }
 }

@@ -85,10 +85,11 @@ async fn input(
             break;
         }
         if leave {
+            writer.close().await;
             return Ok(());
         }
     }
-    let _ = writer.close().await;
+    // The stream stays open: closing our half would end the console.
     std::future::pending().await
 }
 
