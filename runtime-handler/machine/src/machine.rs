@@ -102,6 +102,7 @@ pub struct Machine {
     events: EventSender,
     qemu_user: Option<QemuUser>,
     size: Size,
+    cpu_shares: Option<u64>,
     accelerator: Accelerator,
     /// The guest's `uname -r`, once it told.
     kernel_release: Mutex<String>,
@@ -262,6 +263,7 @@ impl Machine {
             events,
             qemu_user: capabilities.qemu_user,
             size: wanted.size,
+            cpu_shares: wanted.cpu_shares,
             accelerator,
             kernel_release: Mutex::default(),
             network,
@@ -322,6 +324,8 @@ impl Machine {
         self.libvirt.create_paused(uuid).await?;
         let pid = libvirt::find_qemu(uuid).context(|| format!("find QEMU of domain {uuid}"))?;
         if let Some(path) = &self.record.cgroups_path {
+            // A machine that was off left it empty, and who tidies up may remove such.
+            cgroup::create(path, self.cpu_shares).await?;
             cgroup::place(&Hierarchies::of_host()?.at(path)?, pid)?;
         }
         if let Some(netns) = &self.record.netns {
