@@ -5,6 +5,9 @@
 //!   any with `noNewPrivileges: false`; the helper loads the host's filter itself.
 //! - AppArmor and SELinux are the host's.
 //! - capabilities: what is unset means "none" (libcontainer takes it for "all").
+//! - a cgroup namespace where there is none: CRI asks for none on a host with cgroup
+//!   v1, where a container sees its own limits without one; in the guest's v2 it would
+//!   see the guest's.
 //! - a hostname needs a UTS namespace of the container's own.
 //! - no PATH: the usual one, as runc's callers rely on.
 
@@ -13,7 +16,7 @@ use std::path::{Path, PathBuf};
 use dyad_runtime_handler::{Error, Result};
 use oci_spec::runtime::{
     Hooks, Linux, LinuxCapabilities, LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType,
-    LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+    LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
 };
 
 /// What an image without PATH gets, as Docker and runc give it.
@@ -122,6 +125,13 @@ pub fn adapt(mut spec: Spec, place: &Place<'_>) -> Result<(Spec, Facts)> {
             "linux.namespaces: user namespaces are not supported in a machine, whose guest is a boundary of its own; set hostUsers: true".into(),
         ));
     }
+    if namespace(&linux, LinuxNamespaceType::Cgroup).is_none() {
+        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+        let mut own = LinuxNamespace::default();
+        own.set_typ(LinuxNamespaceType::Cgroup).set_path(None);
+        namespaces.push(own);
+        linux.set_namespaces(Some(namespaces));
+    }
     add_devices(&mut linux, place.devices)?;
     if namespace(&linux, LinuxNamespaceType::Uts).is_none() {
         spec.set_hostname(None).set_domainname(None);
@@ -227,7 +237,7 @@ fn namespace(linux: &Linux, kind: LinuxNamespaceType) -> Option<&Option<PathBuf>
         .iter()
         .flatten()
         .find(|namespace| namespace.typ() == kind)
-        .map(oci_spec::runtime::LinuxNamespace::path)
+        .map(LinuxNamespace::path)
 }
 
 fn has_hooks(hooks: &Hooks) -> bool {
@@ -378,6 +388,7 @@ mod tests {
         assert_eq!(process.env().as_ref().unwrap(), &["A=b", DEFAULT_PATH]);
         assert!(spec.hostname().is_none(), "no UTS namespace of its own");
         assert_eq!(console_size(process), Some((80, 24)));
+        assert_eq!(namespace(linux, LinuxNamespaceType::Cgroup), Some(&None));
         assert_eq!(
             facts,
             Facts {

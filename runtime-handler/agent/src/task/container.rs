@@ -318,7 +318,7 @@ impl Container {
                 )));
             }
         };
-        exec.process.remove_streams(agent.link()?).await;
+        exec.process.drain_streams(agent.link()?).await;
         self.lock_execs().remove(exec_id);
         Ok(end)
     }
@@ -445,10 +445,10 @@ impl Container {
         let end = self.init.ended().await;
         let link = agent.link()?;
         for exec in self.execs() {
-            exec.remove_streams(link).await;
+            exec.drain_streams(link).await;
         }
         self.lock_execs().clear();
-        self.init.remove_streams(link).await;
+        self.init.drain_streams(link).await;
         agent.events.forget(&self.id);
         self.cgroup.remove()?;
         let (rootfs, bundle, id) = (self.rootfs.clone(), self.bundle.clone(), self.id.clone());
@@ -578,7 +578,8 @@ impl Draft {
         agent.events.forget(&self.id);
         complain(self.cgroup.remove());
         if let (Some(init), Ok(link)) = (&self.init, agent.link()) {
-            init.remove_streams(link).await;
+            // Nobody reads what was never created.
+            init.forget_streams(link);
         }
         let (id, bundle) = (self.id.clone(), self.bundle.clone());
         let (rootfs, layer_is_new) = (self.rootfs.clone(), self.layer_is_new);

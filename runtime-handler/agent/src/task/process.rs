@@ -34,8 +34,12 @@ use crate::pump::{self, Terminal};
 /// Sockets on which helpers send terminals; short, for they are limited to 108 bytes.
 const CONSOLES: &str = "/run/dyad/consoles";
 
-/// A host that drains first, as it should, never meets this.
+/// How long the host may take to fetch output before it is dropped. A host that drains
+/// before it deletes, as it should, never meets this.
 const DRAIN_WITHIN: Duration = Duration::from_secs(5);
+
+/// How long it may take to acknowledge the end of a stream with nothing left in it.
+const END_TAKEN_WITHIN: Duration = Duration::from_millis(500);
 
 /// Where a process is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -360,18 +364,46 @@ impl Process {
         self.close_stdin.send_replace(true);
     }
 
-    /// Waits, bounded, until the host has all its output, and forgets its streams.
-    pub async fn remove_streams(&self, link: &Link) {
-        let outputs = self.lock().outputs.clone();
+    /// Waits, bounded, until the host has taken all output, and forgets the streams.
+    pub async fn drain_streams(&self, link: &Link) {
+        let outputs = {
+            let io = self.lock();
+            // Never launched: there is no output to come.
+            if io.streams.is_some() {
+                Vec::new()
+            } else {
+                io.outputs.clone()
+            }
+        };
         let drained = async {
             for output in &outputs {
                 // An error: its stream is gone already.
                 let _ = output.drained().await;
             }
         };
-        if tokio::time::timeout(DRAIN_WITHIN, drained).await.is_err() {
+        let limit = if self.holds_bytes(link) {
+            DRAIN_WITHIN
+        } else {
+            END_TAKEN_WITHIN
+        };
+        if tokio::time::timeout(limit, drained).await.is_err() && self.holds_bytes(link) {
             log::warn!("{}: output that nobody took is dropped", self.id);
         }
+        self.forget_streams(link);
+    }
+
+    /// Whether output waits for the host.
+    fn holds_bytes(&self, link: &Link) -> bool {
+        link.streams().iter().any(|stream| {
+            stream.key.container_id == self.id.container
+                && stream.key.exec_id == self.id.exec
+                && stream.key.fd != StdFd::Stdin
+                && stream.end > stream.offset
+        })
+    }
+
+    /// Forgets the streams and what they hold.
+    pub fn forget_streams(&self, link: &Link) {
         let mut io = self.lock();
         io.pumps.abort_all();
         io.streams = None;

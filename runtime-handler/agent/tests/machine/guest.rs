@@ -1,5 +1,6 @@
 //! A machine with the agent in it, for tests.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -137,6 +138,9 @@ fn make_image(tree: &Path, image: &Path) {
 /// A booted machine whose guest is set up as a pod.
 pub struct Machine {
     client: Client,
+    socket: PathBuf,
+    monitor: PathBuf,
+    image: PathBuf,
     qemu: std::sync::Mutex<Child>,
 }
 
@@ -145,7 +149,9 @@ impl Machine {
         let guest = PathBuf::from(std::env::var_os("DYAD_GUEST").expect("DYAD_GUEST"));
         let socket = pod.path("channel");
         let console = pod.path("console");
+        let monitor = pod.path("monitor");
         let _ = std::fs::remove_file(&socket);
+        let _ = std::fs::remove_file(&monitor);
         let drive = |name: &str, file: &str, more: &str| {
             format!(
                 "file={},if=none,id={name},format=raw{more}",
@@ -200,6 +206,10 @@ impl Machine {
             "-device",
             &format!("virtio-net-pci,netdev=net,mac={MAC}"),
         ])
+        .args([
+            "-qmp",
+            &format!("unix:{},server=on,wait=off", monitor.display()),
+        ])
         .stdin(Stdio::null());
         // SAFETY: the closure makes one system call and touches no memory. The machine
         // must not outlive tests that end without dropping it.
@@ -211,7 +221,7 @@ impl Machine {
             });
         }
         let qemu = qemu.spawn().expect("qemu-system-x86_64");
-        let client = Client::new(host::unix(socket));
+        let client = Client::new(host::unix(socket.clone()));
         if let Err(error) = client.ready(PATIENCE).await {
             panic!(
                 "{error}: {}",
@@ -220,6 +230,9 @@ impl Machine {
         }
         let machine = Self {
             client,
+            socket,
+            monitor,
+            image: pod.path("image.erofs"),
             qemu: std::sync::Mutex::new(qemu),
         };
         machine.set_up().await;
@@ -285,6 +298,63 @@ impl Machine {
             .unwrap_or_else(|_| panic!("{method} takes too long"))
     }
 
+    /// The same machine with another host process.
+    pub async fn with_new_host(mut self) -> Self {
+        self.client.close();
+        self.client = Client::new(host::unix(self.socket.clone()));
+        self.client.ready(PATIENCE).await.unwrap();
+        self
+    }
+
+    /// Hot-plugs a SCSI disk with the image of the tests.
+    pub async fn plug_in(&self, serial: &str) {
+        let image = self.image.display().to_string();
+        self.monitor(&[
+            json!({"execute": "blockdev-add", "arguments": {
+                "driver": "raw", "node-name": serial, "read-only": true,
+                "file": {"driver": "file", "filename": image, "locking": "off"}}}),
+            json!({"execute": "device_add", "arguments": {
+                "driver": "scsi-hd", "id": serial, "drive": serial, "serial": serial, "bus": "scsi.0"}}),
+        ])
+        .await;
+    }
+
+    /// Takes it away again.
+    pub async fn unplug(&self, serial: &str) {
+        self.monitor(&[
+            json!({"execute": "device_del", "arguments": {"id": serial}}),
+            json!({"execute": "blockdev-del", "arguments": {"node-name": serial}}),
+        ])
+        .await;
+    }
+
+    /// Says `commands` to QEMU; each must succeed. After a removal it waits for the
+    /// event that tells of its end.
+    async fn monitor(&self, commands: &[Value]) {
+        use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+        let stream = tokio::net::UnixStream::connect(&self.monitor)
+            .await
+            .unwrap();
+        let (reader, mut writer) = stream.into_split();
+        let mut lines = BufReader::new(reader).lines();
+        let greet = [json!({"execute": "qmp_capabilities"})];
+        for command in greet.iter().chain(commands) {
+            let line = format!("{command}\r\n");
+            writer.write_all(line.as_bytes()).await.unwrap();
+            let is_removal = command["execute"] == "device_del";
+            let (mut answered, mut removed) = (false, !is_removal);
+            while !answered || !removed {
+                let line = timeout(PATIENCE, lines.next_line())
+                    .await
+                    .expect("QEMU's answer");
+                let answer: Value = serde_json::from_str(&line.unwrap().unwrap()).unwrap();
+                assert!(answer["error"].is_null(), "{command}: {answer}");
+                answered |= !answer["return"].is_null();
+                removed |= answer["event"] == "DEVICE_DELETED";
+            }
+        }
+    }
+
     pub async fn streams(&self) -> Vec<StreamState> {
         let request = StreamsRequest::default();
         let answer: StreamsResponse = self.call(SANDBOX, "Streams", &request).await.unwrap();
@@ -332,11 +402,19 @@ impl Machine {
         };
         let created: CreateTaskResponse = self.call(TASK, "Create", &request).await?;
         assert!(created.pid > 1);
-        Ok(Container {
+        let mut container = self.container(id);
+        container.pid = created.pid;
+        Ok(container)
+    }
+
+    /// A container that is there.
+    pub fn container(&self, id: &str) -> Container<'_> {
+        Container {
             machine: self,
             id: id.into(),
-            pid: created.pid,
-        })
+            pid: 0,
+            readers: tokio::sync::Mutex::default(),
+        }
     }
 
     /// Powers off; QEMU ends by itself.
@@ -368,6 +446,8 @@ pub struct Container<'a> {
     machine: &'a Machine,
     id: String,
     pid: u32,
+    /// One of each stream, so that it goes on where it was.
+    readers: tokio::sync::Mutex<HashMap<(String, StdFd), OutputReader>>,
 }
 
 impl Container<'_> {
@@ -391,6 +471,10 @@ impl Container<'_> {
         };
         let answer: StartResponse = self.machine.call(TASK, "Start", &request).await?;
         Ok(answer.pid)
+    }
+
+    async fn is_terminal(&self) -> bool {
+        self.machine.state(&self.id).await.unwrap().terminal
     }
 
     pub async fn status(&self) -> Status {
@@ -460,7 +544,9 @@ impl Container<'_> {
     pub async fn delete(&self) {
         // Whoever deletes has drained.
         self.read().await;
-        self.read_stderr().await;
+        if !self.is_terminal().await {
+            self.read_stderr().await;
+        }
         self.try_delete().await.unwrap();
     }
 
@@ -479,52 +565,79 @@ impl Container<'_> {
         self.delete().await;
     }
 
-    pub fn output(&self, fd: StdFd) -> OutputReader {
-        self.reader(None, fd)
-    }
-
-    fn reader(&self, exec_id: Option<&str>, fd: StdFd) -> OutputReader {
-        let key = StreamKey::new(self.id.clone(), exec_id, fd);
-        self.machine.client.output(key, 0)
+    pub fn output_from(&self, offset: u64) -> OutputReader {
+        let key = StreamKey::new(self.id.clone(), None, StdFd::Stdout);
+        self.machine.client.output(key, offset)
     }
 
     pub fn input(&self) -> InputWriter {
-        let key = StreamKey::new(self.id.clone(), None, StdFd::Stdin);
-        self.machine.client.input(key, 0)
+        self.input_from(0)
     }
 
-    /// All of stdout that was not acknowledged yet.
+    pub fn input_from(&self, offset: u64) -> InputWriter {
+        let key = StreamKey::new(self.id.clone(), None, StdFd::Stdin);
+        self.machine.client.input(key, offset)
+    }
+
+    /// The rest of stdout.
     pub async fn read(&self) -> String {
-        read_all(self.output(StdFd::Stdout)).await
+        self.read_all("", StdFd::Stdout).await
     }
 
     pub async fn read_stderr(&self) -> String {
-        read_all(self.output(StdFd::Stderr)).await
+        self.read_all("", StdFd::Stderr).await
     }
 
     pub async fn read_exec(&self, exec_id: &str) -> String {
-        read_all(self.reader(Some(exec_id), StdFd::Stdout)).await
+        self.read_all(exec_id, StdFd::Stdout).await
     }
 
-    /// Stdout up to where `word` has come.
+    /// Stdout from where it was read to, up to where `word` has come.
     pub async fn read_until(&self, word: &str) -> String {
         let mut seen = String::new();
-        read_more(&mut self.output(StdFd::Stdout), &mut seen, word).await;
+        let mut readers = self.readers.lock().await;
+        read_more(
+            self.reader(&mut readers, "", StdFd::Stdout),
+            &mut seen,
+            word,
+        )
+        .await;
         seen
     }
-}
 
-async fn read_all(mut reader: OutputReader) -> String {
-    let mut all = Vec::new();
-    let read = async {
-        // An error: there is no such stream, or it was drained before.
-        while let Ok(Some(chunk)) = reader.next().await {
-            all.extend_from_slice(&chunk.data);
-            reader.ack(chunk.end());
-        }
-    };
-    timeout(PATIENCE, read).await.expect("output does not end");
-    String::from_utf8_lossy(&all).into_owned()
+    async fn read_all(&self, exec_id: &str, fd: StdFd) -> String {
+        let mut all = Vec::new();
+        let mut readers = self.readers.lock().await;
+        let reader = self.reader(&mut readers, exec_id, fd);
+        let read = async {
+            let mut end = 0;
+            // An error: there is no such stream.
+            while let Ok(next) = reader.next().await {
+                let Some(chunk) = next else {
+                    // The last byte again acknowledges the end too.
+                    return reader.ack(end);
+                };
+                all.extend_from_slice(&chunk.data);
+                end = chunk.end();
+                reader.ack(end);
+            }
+        };
+        timeout(PATIENCE, read).await.expect("output does not end");
+        String::from_utf8_lossy(&all).into_owned()
+    }
+
+    fn reader<'r>(
+        &self,
+        readers: &'r mut HashMap<(String, StdFd), OutputReader>,
+        exec_id: &str,
+        fd: StdFd,
+    ) -> &'r mut OutputReader {
+        readers.entry((exec_id.into(), fd)).or_insert_with(|| {
+            let exec_id = Some(exec_id).filter(|exec_id| !exec_id.is_empty());
+            let key = StreamKey::new(self.id.clone(), exec_id, fd);
+            self.machine.client.output(key, 0)
+        })
+    }
 }
 
 /// Reads until `seen` holds `word`.

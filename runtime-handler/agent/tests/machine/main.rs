@@ -14,7 +14,7 @@ mod guest;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use dyad_agent_api::link::StdFd;
+use dyad_agent_api::link::host::CallError;
 use dyad_agent_api::proto::agent::file::Content;
 use dyad_agent_api::proto::agent::{
     File, Filesystem, GetFileRequest, GetFileResponse, PutFilesRequest, PutFilesResponse,
@@ -28,7 +28,7 @@ use dyad_agent_api::task_api::api::{
 };
 use dyad_agent_api::task_api::cgroups_v2::metrics::Metrics;
 use dyad_agent_api::ttrpc::Code;
-use guest::{Machine, Pod, SANDBOX, TASK, code, on_machine, text};
+use guest::{Container, Machine, Pod, SANDBOX, TASK, code, on_machine, text};
 use serde_json::json;
 
 #[test]
@@ -226,7 +226,8 @@ fn the_spec_is_honoured() {
 #[ignore = "needs DYAD_GUEST and QEMU"]
 fn a_terminal_has_its_size_before_the_program_runs_and_can_be_resized() {
     on_machine(|machine| async move {
-        let script = "stty size; trap 'stty size' WINCH; while read line; do echo got $line; done";
+        let script =
+            "stty size; trap 'stty size' WINCH; while true; do read line && echo got $line; done";
         let container = machine
             .create_with("tty", &["sh", "-c", script], |spec, _| {
                 spec["process"]["terminal"] = json!(true);
@@ -235,12 +236,10 @@ fn a_terminal_has_its_size_before_the_program_runs_and_can_be_resized() {
             .await
             .unwrap();
         container.start().await;
-        let mut output = container.output(StdFd::Stdout);
-        let mut seen = String::new();
-        guest::read_more(&mut output, &mut seen, "33 111").await;
+        container.read_until("33 111").await;
         let input = container.input();
         input.write(b"hello\n").await.unwrap();
-        guest::read_more(&mut output, &mut seen, "got hello").await;
+        container.read_until("got hello").await;
 
         let resize = ResizePtyRequest {
             id: "tty".into(),
@@ -251,7 +250,7 @@ fn a_terminal_has_its_size_before_the_program_runs_and_can_be_resized() {
         let _: Empty = machine.call(TASK, "ResizePty", &resize).await.unwrap();
         // The shell runs its trap behind the read that it is in.
         input.write(b"again\n").await.unwrap();
-        guest::read_more(&mut output, &mut seen, "25 80").await;
+        container.read_until("25 80").await;
 
         container
             .add_exec(
@@ -626,6 +625,40 @@ fn refusals_have_their_codes_and_leave_nothing() {
 
 #[test]
 #[ignore = "needs DYAD_GUEST and QEMU"]
+fn an_id_can_be_used_again() {
+    on_machine(|machine| async move {
+        for word in ["first-of-some-length", "second", "third"] {
+            let container = machine.create("again", &["echo", word]).await;
+            container.start().await;
+            assert_eq!(container.read().await, format!("{word}\n"));
+            assert_eq!(container.wait().await, 0);
+            container.delete().await;
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs DYAD_GUEST and QEMU"]
+fn a_container_sees_its_own_cgroup() {
+    on_machine(|machine| async move {
+        let args = ["cat", "/proc/self/cgroup", "/sys/fs/cgroup/memory.max"];
+        let container = machine
+            .create_with("cgroup", &args, |spec, _| {
+                // As CRI asks for it on a host with cgroup v1.
+                spec["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "mount"}]);
+                spec["linux"]["resources"]["memory"] = json!({"limit": 64 << 20});
+            })
+            .await
+            .unwrap();
+        container.start().await;
+        assert_eq!(container.read().await, "0::/\n67108864\n");
+        container.wait().await;
+        container.delete().await;
+    });
+}
+
+#[test]
+#[ignore = "needs DYAD_GUEST and QEMU"]
 fn an_init_that_was_not_started_can_be_deleted() {
     on_machine(|machine| async move {
         let container = machine.create("unstarted", &["sleep", "1000"]).await;
@@ -665,6 +698,79 @@ fn the_pods_processes_share_its_network_and_memory() {
         first.wait().await;
         first.delete().await;
         second.delete().await;
+    });
+}
+
+async fn later<'a>(machine: &'a Machine, id: &str) -> Result<Container<'a>, CallError> {
+    let args = ["cat", "/etc/hosts"];
+    machine
+        .create_with(id, &args, |_, options| {
+            options.root_disk_serial = "image-later".into()
+        })
+        .await
+}
+
+#[test]
+#[ignore = "needs DYAD_GUEST and QEMU"]
+fn an_image_that_is_plugged_in_later_is_found_and_let_go() {
+    on_machine(|machine| async move {
+        // The create comes first and waits for the disk.
+        let (container, ()) =
+            tokio::join!(later(&machine, "later"), machine.plug_in("image-later"));
+        let container = container.unwrap();
+        let second = later(&machine, "later2").await.unwrap();
+        container.start().await;
+        assert_eq!(container.wait().await, 0);
+        container.delete().await;
+        second.start().await;
+        assert_eq!(second.wait().await, 0);
+        second.delete().await;
+        machine.unplug("image-later").await;
+
+        let (container, ()) =
+            tokio::join!(later(&machine, "later"), machine.plug_in("image-later"));
+        let container = container.unwrap();
+        container.start().await;
+        assert_eq!(container.wait().await, 0);
+        container.delete().await;
+        machine.unplug("image-later").await;
+    });
+}
+
+#[test]
+#[ignore = "needs DYAD_GUEST and QEMU"]
+fn a_host_that_comes_back_goes_on_where_the_other_was() {
+    guest::run(async {
+        let pod = Pod::new();
+        let machine = Machine::boot(&pod).await;
+        let script = "i=0; while read line; do echo $line $((i = i + 1)); done; exit 4";
+        let container = machine.create("takeover", &["sh", "-c", script]).await;
+        container.start().await;
+        let input = container.input();
+        input.write(b"one\ntwo\n").await.unwrap();
+        container.read_until("two 2\n").await;
+        input.write(b"three\n").await.unwrap();
+        drop((container, input));
+
+        let machine = machine.with_new_host().await;
+        let streams = machine.streams().await;
+        let stream = |fd| streams.iter().find(|stream| stream.fd == fd).unwrap();
+        let container = machine.container("takeover");
+        let mut seen = String::new();
+        let mut output = container.output_from(stream(1).offset);
+        let input = container.input_from(stream(0).offset);
+        // The last line may have been lost with the first host, before it left it.
+        if stream(0).offset < 14 {
+            input.write(b"three\n").await.unwrap();
+        }
+        input.write(b"four\n").await.unwrap();
+        guest::read_more(&mut output, &mut seen, "four 4\n").await;
+        // All that the first host had not acknowledged comes, and nothing twice.
+        let all = "one 1\ntwo 2\nthree 3\nfour 4\n";
+        assert_eq!(seen, all[usize::try_from(stream(1).offset).unwrap()..]);
+        input.close();
+        assert_eq!(container.wait().await, 4);
+        machine.shut_down(Duration::ZERO).await;
     });
 }
 
