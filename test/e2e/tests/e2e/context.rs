@@ -196,12 +196,15 @@ impl<'a> Context<'a> {
         };
         let parent = parent.trim_start_matches('/');
         let folders = locked(&self.folders);
-        for folder in folders
-            .iter()
-            .filter(|folder| folder.ends_with(parent) && folder.exists())
-        {
-            fs::remove_dir(folder)
-                .with_context(|| format!("the pod's cgroup {} is not empty", folder.display()))?;
+        for folder in folders.iter().filter(|folder| folder.ends_with(parent)) {
+            // containerd 1.6 runs a container's `delete` beside rmp's end.
+            until(SOON, "the pod's cgroup to be empty", || {
+                if folder.exists() {
+                    fs::remove_dir(folder)
+                        .with_context(|| format!("remove {}", folder.display()))?;
+                }
+                Ok(Some(()))
+            })?;
         }
         Ok(())
     }
