@@ -20,8 +20,9 @@ use signal_hook::iterator::Signals;
 use crate::context::{Context, Handler};
 use crate::trials::Case;
 
-/// No trial takes longer than this; one that does is given up.
-const TRIAL_TIMEOUT: Duration = Duration::from_secs(300);
+/// No trial takes longer than this (critest is built by the one that runs it); one that
+/// does is given up.
+const TRIAL_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long the last trial of a version waits for the ones before it.
 const END_TIMEOUT: Duration = Duration::from_secs(45 * 60);
 
