@@ -362,11 +362,19 @@ mod tests {
     fn a_grandchild_that_died_before_it_was_claimed_is_not_missed() {
         with_reaper(|reaper| async move {
             let expectation = reaper.expect();
-            // The grandchild ends with its parent, so its pid comes to us after its death.
-            let mut command = sh("sh -c 'exit 5' >/dev/null & echo $!");
-            let mut parent = reaper.spawn(command.stdout(Stdio::piped())).unwrap();
+            // It ends when its stdin does, which is after its parent (who, being a shell,
+            // would reap it): so it is a stranger's child that comes to us.
+            let script = "exec 3<&0; sh -c 'read x; exit 5' <&3 >/dev/null & echo $!; exec true";
+            let mut command = sh(script);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut parent = reaper.spawn(&mut command).unwrap();
             let pid = read_pid(parent.stdout.take()).await;
             assert_eq!(parent.exit.wait().await.status, 0);
+            drop(parent.stdin.take());
+            let proc = format!("/proc/{pid}");
+            while std::fs::exists(&proc).unwrap() {
+                tokio::task::yield_now().await;
+            }
             assert_eq!(expectation.claim(pid).wait().await.status, 5);
         });
     }
