@@ -93,9 +93,8 @@ pub enum Event {
     Machine(MachineEvent),
 }
 
-/// What libvirt or the guest told of the pod's machine. Power-off of any kind also
-/// ends the sandbox's init process with [`Event::Exited`], unless it was
-/// [`Instance::stop`]ped to be kept.
+/// What libvirt or the guest told of the pod's machine. Power-off of any kind, also by
+/// [`Instance::stop`], is told as [`Event::Exited`] of the sandbox's init process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MachineEvent {
     /// The vCPUs were stopped (`virsh suspend`, or our pause).

@@ -24,6 +24,9 @@ fn the_page_has_a_row_for_every_state() {
             "| {} | {:?} | {:?} | {} | {} | {} |",
             seen.name, seen.cri_status, seen.status, seen.cri, seen.pod_phase, seen.libvirt
         );
-        assert!(page.contains(&row), "docs/lifecycle.md lacks this row:\n{row}");
+        assert!(
+            page.contains(&row),
+            "docs/lifecycle.md lacks this row:\n{row}"
+        );
     }
 }

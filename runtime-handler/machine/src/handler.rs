@@ -59,6 +59,12 @@ pub fn new(
 
 impl Machines {
     async fn create_sandbox(&self, spec: ContainerSpec) -> Result<Arc<dyn Instance>> {
+        if spec.pod.name.is_empty() {
+            return Err(Error::Unimplemented(format!(
+                "{}: a machine runs pods that CRI makes (kubelet, crictl); run a task of its own, as `ctr run` does, with kind = \"container\"",
+                spec.id
+            )));
+        }
         let name = format!("machine of pod {}", spec.pod.sandbox_id);
         if self.current().is_some_and(|machine| !machine.is_deleted()) {
             return Err(Error::AlreadyExists(name));

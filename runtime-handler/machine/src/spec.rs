@@ -92,8 +92,7 @@ pub fn sandbox(oci: &Spec) -> Result<SandboxSpec> {
     })
 }
 
-/// Adapts a container's spec; `sandbox` says whether the spec is that of a task outside
-/// CRI, which is its own pod.
+/// Adapts a container's spec.
 ///
 /// # Errors
 /// `InvalidArgument` naming the field that a machine cannot honour, and the way out.
