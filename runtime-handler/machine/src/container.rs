@@ -102,16 +102,17 @@ impl Container {
             termination,
             state: Mutex::default(),
         });
-        container.make(spec.stdio).await?;
+        let options = container.options.clone();
+        container.make(spec.stdio, options).await?;
         Ok(container)
     }
 
     /// Puts the volumes and the container into the guest, and waits for its end.
-    async fn make(self: &Arc<Self>, stdio: Stdio) -> Result<()> {
+    async fn make(self: &Arc<Self>, stdio: Stdio, options: CreateOptions) -> Result<()> {
         let agent = self.machine.agent();
         self.put(&agent, self.copies.clone(), Vec::new()).await?;
         let process = ProcessId::init(&self.id);
-        agent.create(&self.id, stdio, self.options.clone()).await?;
+        agent.create(&self.id, stdio, options).await?;
         self.machine.started(process.clone());
         self.watch_end(agent.clone(), process);
         let container = Arc::downgrade(self);
@@ -223,12 +224,15 @@ impl Instance for ContainerInstance {
             // Again, in the same bundle: a new process from the same parts.
             container.stop_syncing();
             container.machine.ready().await?;
-            container
-                .machine
-                .agent()
-                .delete(&container.id, None)
-                .await?;
-            container.make(stdio.unwrap_or_default()).await?;
+            let agent = container.machine.agent();
+            if !agent.drained(&container.id, None, DRAIN).await {
+                warn!("container {}: output is lost", container.id);
+            }
+            let again = CreateOptions {
+                again: true,
+                ..container.options.clone()
+            };
+            container.make(stdio.unwrap_or_default(), again).await?;
         }
         container.lock().phase = Phase::Started;
         let started = container.run(None).await;

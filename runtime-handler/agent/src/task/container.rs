@@ -80,6 +80,15 @@ struct Draft {
     init: Option<Arc<Process>>,
 }
 
+/// What becomes of a deleted container's writable layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layer {
+    /// The container is made again on it.
+    Keep,
+    /// It goes with the container.
+    Remove,
+}
+
 impl Container {
     /// Makes the container up to where its init waits to be started.
     ///
@@ -433,7 +442,7 @@ impl Container {
     ///
     /// # Errors
     /// `FailedPrecondition` while the init runs; what could not be removed.
-    pub async fn delete(&self, agent: &Agent) -> Result<(u32, Exit)> {
+    pub async fn delete(&self, agent: &Agent, layer: Layer) -> Result<(u32, Exit)> {
         let _gate = self.gate.lock().await;
         if let Phase::Running { .. } = self.init.phase() {
             return Err(Error::FailedPrecondition(format!(
@@ -454,7 +463,9 @@ impl Container {
         let (rootfs, bundle, id) = (self.rootfs.clone(), self.bundle.clone(), self.id.clone());
         blocking(move || {
             rootfs.unmount();
-            rootfs.remove_layer()?;
+            if layer == Layer::Remove {
+                rootfs.remove_layer()?;
+            }
             remove_folders(&id, &bundle)
         })
         .await?;
@@ -597,6 +608,14 @@ impl Draft {
             complain(agent.images.release(&image).await);
         }
     }
+}
+
+/// Whether the request is to make a container that has ended anew.
+///
+/// # Errors
+/// As for [`Container::create`].
+pub fn is_made_again(request: &CreateTaskRequest) -> Result<bool> {
+    Ok(decode_options(request)?.again)
 }
 
 fn decode_options(request: &CreateTaskRequest) -> Result<CreateOptions> {

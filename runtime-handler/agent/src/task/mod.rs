@@ -26,7 +26,7 @@ use dyad_agent_api::ttrpc::r#async::TtrpcContext;
 use dyad_runtime_handler::{Error, Result};
 use tokio::sync::OnceCell;
 
-use self::container::Container;
+use self::container::{Container, Layer};
 use self::process::Phase;
 use crate::cgroup::Cgroup;
 use crate::guest::Agent;
@@ -76,6 +76,9 @@ impl Containers {
     /// Creates a container, once: who asks while that goes on gets its end.
     async fn create(&self, agent: &Arc<Agent>, request: CreateTaskRequest) -> Result<u32> {
         let id = request.id.clone();
+        if container::is_made_again(&request)? {
+            self.release_ended(agent, &id).await?;
+        }
         let slot = Arc::clone(self.lock().entry(id.clone()).or_default());
         let made = slot
             .get_or_try_init(|| Container::create(agent, request))
@@ -91,6 +94,19 @@ impl Containers {
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// Makes room for a container that is made again, keeping its writable layer.
+    async fn release_ended(&self, agent: &Agent, id: &str) -> Result<()> {
+        match self.get(id) {
+            Ok(ended) if matches!(ended.init().phase(), Phase::Stopped { .. }) => {
+                ended.delete(agent, Layer::Keep).await?;
+                self.forget(id);
+                Ok(())
+            }
+            // Made again already, runs, or was never here.
+            Ok(_) | Err(_) => Ok(()),
         }
     }
 
@@ -161,7 +177,7 @@ impl TaskService {
     async fn delete_process(agent: Arc<Agent>, request: DeleteRequest) -> Result<DeleteResponse> {
         let container = agent.containers.get(&request.id)?;
         let end = if request.exec_id.is_empty() {
-            let end = container.delete(&agent).await?;
+            let end = container.delete(&agent, Layer::Remove).await?;
             agent.containers.forget(&request.id);
             Some(end)
         } else {

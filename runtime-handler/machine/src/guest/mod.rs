@@ -235,10 +235,19 @@ impl Agent {
         if !stdio.terminal {
             request.stderr = marker(stdio.stderr.as_ref());
         }
-        self.connect_new(&process, stdio)?;
-        let answer: Result<CreateTaskResponse> = self.task("Create", request, doing).await;
-        self.disconnect_failed(&process, &answer);
-        Ok(answer?.pid)
+        if options.again {
+            self.disconnect(id, None);
+        } else if self.pump(id, None).is_some() {
+            return Err(Error::AlreadyExists(process.to_string()));
+        }
+        let answer: CreateTaskResponse = self.task("Create", request, doing).await?;
+        // Only now: before, the streams may be those of the container that had this id.
+        // The guest keeps what is written until it is asked for.
+        if let Err(error) = self.connect_new(&process, stdio) {
+            self.delete(id, None).await?;
+            return Err(error);
+        }
+        Ok(answer.pid)
     }
 
     /// Runs the container's init, or an added exec; returns the guest's pid.
