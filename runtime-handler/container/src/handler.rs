@@ -5,18 +5,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
-use dyad_runtime_handler::cgroup::{Hierarchies, is_systemd};
+use dyad_runtime_handler::cgroup::{Cgroup, Hierarchies, is_systemd};
 use dyad_runtime_handler::config::{ContainerConfig, Kind};
 use dyad_runtime_handler::error::{Error, Result};
 use dyad_runtime_handler::handler::{ContainerRef, EventSender, Instance, RuntimeHandler};
 use dyad_runtime_handler::reaper::Reaper;
 use dyad_runtime_handler::spec::{ContainerSpec, Role};
-use serde::Deserialize;
 use tokio::sync::OnceCell;
 
 use crate::choose::{Need, choose};
 use crate::command::Command;
 use crate::container::Container;
+use crate::left::Left;
 use crate::rootfs;
 use crate::runtime::{Input, Runtime};
 
@@ -138,9 +138,15 @@ impl Containers {
     }
 
     async fn clean_processes(&self, root: &Path, id: &str, bundle: &Path) -> Result<()> {
-        let config = LeftConfig::read(bundle);
-        let cgroups_path = config.linux.cgroups_path.as_deref();
-        let cgroup = cgroups_path.and_then(|path| self.hierarchies().ok()?.at(path).ok());
+        let state = root.join(id);
+        let left = Left::read(&state, bundle);
+        let cgroup = match left.cgroup_dirs.and_then(Cgroup::of_dirs) {
+            Some(cgroup) => Some(cgroup),
+            None => match &left.cgroups_path {
+                Some(path) => self.hierarchies()?.at(path).ok(),
+                None => None,
+            },
+        };
         // First all at once: the OCI runtime would kill init and look for its end every
         // 100 ms.
         if let Some(cgroup) = cgroup.as_ref().filter(|cgroup| cgroup.exists()) {
@@ -149,43 +155,31 @@ impl Containers {
                 Err(error) => log::warn!("{id}: {}", error.chain()),
             }
         }
-        if root.join(id).exists() {
-            let version = config.version.as_deref().unwrap_or(OLDEST_SPEC);
+        let version = left.version.as_deref().unwrap_or(OLDEST_SPEC);
+        let systemd = left.cgroups_path.as_deref().is_some_and(is_systemd);
+        for again in [true, false] {
+            if !state.exists() {
+                break;
+            }
             let runtime = self.runtime(root.to_owned(), version).await?;
-            let dir = if bundle.is_dir() { bundle } else { root };
-            let systemd = cgroups_path.is_some_and(is_systemd);
-            runtime
-                .run(Command::Delete { id }, id, systemd, dir, Input::None)
-                .await?;
+            // Not in the bundle: containerd may take that away at any moment.
+            let delete = runtime.run(
+                Command::Delete { id },
+                id,
+                systemd,
+                &self.oci_root,
+                Input::None,
+            );
+            match delete.await {
+                // Somebody else may be about the same, and be quicker.
+                Err(error) if again => log::info!("{id}: {}", error.chain()),
+                deleted => deleted?,
+            }
         }
         match cgroup {
             Some(cgroup) => cgroup.remove().await,
             None => Ok(()),
         }
-    }
-}
-
-/// What cleaning up wants from the bundle's `config.json`, where that can be read.
-#[derive(Debug, Default, Deserialize)]
-struct LeftConfig {
-    #[serde(rename = "ociVersion")]
-    version: Option<String>,
-    #[serde(default)]
-    linux: LeftLinux,
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct LeftLinux {
-    #[serde(rename = "cgroupsPath")]
-    cgroups_path: Option<String>,
-}
-
-impl LeftConfig {
-    fn read(bundle: &Path) -> Self {
-        fs::read(bundle.join("config.json"))
-            .ok()
-            .and_then(|text| serde_json::from_slice(&text).ok())
-            .unwrap_or_default()
     }
 }
 
@@ -212,22 +206,5 @@ mod tests {
         for name in ["a", "a.b", "k8s.io", "a-b_c+1", "..."] {
             assert_eq!(check_name("x", name).is_ok(), name != "...", "{name:?}");
         }
-    }
-
-    #[test]
-    fn what_can_not_be_read_of_a_left_bundle_is_left_out() {
-        let dir = tempfile::tempdir().unwrap();
-        assert!(LeftConfig::read(dir.path()).version.is_none());
-        let file = dir.path().join("config.json");
-        fs::write(&file, "{\"ociVersion\":").unwrap();
-        assert!(LeftConfig::read(dir.path()).version.is_none());
-        fs::write(
-            &file,
-            r#"{"ociVersion":"1.1.0","linux":{"cgroupsPath":"/a/b"}}"#,
-        )
-        .unwrap();
-        let config = LeftConfig::read(dir.path());
-        assert_eq!(config.version.as_deref(), Some("1.1.0"));
-        assert_eq!(config.linux.cgroups_path.as_deref(), Some("/a/b"));
     }
 }

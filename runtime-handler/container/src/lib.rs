@@ -18,6 +18,7 @@ mod container;
 mod facts;
 mod handler;
 mod idmap;
+mod left;
 mod process;
 mod rootfs;
 mod runtime;

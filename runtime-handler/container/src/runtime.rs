@@ -54,9 +54,10 @@ impl Runtime {
         &self.reaper
     }
 
-    /// A file name in a bundle that no other command uses.
+    /// A file name that no other command uses, of this process or another.
     pub(crate) fn unique(&self, what: &str) -> String {
-        format!("dyad-{what}-{}", self.count.fetch_add(1, Ordering::Relaxed))
+        let count = self.count.fetch_add(1, Ordering::Relaxed);
+        format!("dyad-{what}-{}-{count}", std::process::id())
     }
 
     /// Runs `command` to its end. `name` is the container, `dir` takes short-lived files.

@@ -43,6 +43,8 @@ enum Dirs {
     V2(PathBuf),
 }
 
+/// The file that every cgroup has.
+const PROCS: &str = "cgroup.procs";
 /// v2 gives no controller name.
 const UNIFIED: &str = "";
 
@@ -52,6 +54,20 @@ impl Cgroup {
         Self {
             dirs: Dirs::V2(dir.into()),
         }
+    }
+
+    /// The v1 cgroup in these directories, by controller; a single one without a name is
+    /// the v2 cgroup. So runc writes them down (`cgroup_paths` in its state). The root of
+    /// a hierarchy, which is nobody's to signal or remove, is left out.
+    pub fn of_dirs(mut dirs: BTreeMap<String, PathBuf>) -> Option<Self> {
+        let in_cgroup = |dir: &Path| dir.parent().is_some_and(|up| up.join(PROCS).exists());
+        dirs.retain(|_, dir| in_cgroup(dir));
+        let dirs = match (dirs.len(), dirs.contains_key(UNIFIED)) {
+            (0, _) => return None,
+            (1, true) => Dirs::V2(dirs.remove(UNIFIED)?),
+            _ => Dirs::V1(dirs),
+        };
+        Some(Self { dirs })
     }
 
     /// Whether it is (still) there.
@@ -279,7 +295,7 @@ fn is_gone(error: &io::Error) -> bool {
 }
 
 fn collect_procs(dir: &Path, pids: &mut BTreeSet<u32>) -> io::Result<()> {
-    let list = match fs::read_to_string(dir.join("cgroup.procs")) {
+    let list = match fs::read_to_string(dir.join(PROCS)) {
         Ok(list) => list,
         Err(error) if is_gone(&error) => return Ok(()),
         // A threaded v2 group: its processes are listed in the group above.
@@ -364,6 +380,23 @@ mod tests {
         fs::write(dir.path().join("cgroup.procs"), "12\nx\n").unwrap();
         let error = cgroup.procs().unwrap_err().chain();
         assert!(error.contains("not a pid: \"x\""), "{error}");
+    }
+
+    #[test]
+    fn the_version_is_told_by_the_controllers() {
+        let (dir, _) = fixture();
+        let below = dir.path().join("below");
+        let dirs = |names: &[&str], dir: &Path| {
+            let entry = |name: &&str| ((*name).to_owned(), dir.to_owned());
+            Cgroup::of_dirs(names.iter().map(entry).collect())
+        };
+        assert_eq!(dirs(&[], &below), None);
+        assert_eq!(dirs(&[""], &below), Some(Cgroup::v2(&below)));
+        for names in [&["memory"][..], &["", "memory"]] {
+            let cgroup = dirs(names, &below).unwrap();
+            assert!(matches!(cgroup.dirs, Dirs::V1(_)), "{names:?}");
+            assert_eq!(dirs(names, dir.path()), None, "the root is nobody's");
+        }
     }
 
     #[tokio::test]
