@@ -153,6 +153,19 @@ impl Env {
             .success(&format!("ctr {args:?}"))
     }
 
+    /// Runs `dyadctl` on this environment's shims, whatever comes of it.
+    ///
+    /// # Errors
+    /// It could not be run, or did not end in time.
+    pub fn dyadctl(&self, args: &[&str]) -> Result<Done> {
+        let mut command = Command::new(self.program("dyadctl"));
+        command
+            .arg("--state-dir")
+            .arg(self.dir.join("dyad/run"))
+            .args(args);
+        command::run(&mut command, b"", ASK_TIMEOUT)
+    }
+
     /// The private libvirtd's URI.
     pub fn libvirt_uri(&self) -> String {
         format!(

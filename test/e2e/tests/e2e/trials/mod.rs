@@ -13,6 +13,7 @@ mod delete;
 mod events;
 mod exec;
 mod files;
+mod in_place;
 mod kinds;
 mod lifecycle;
 mod network;
@@ -104,6 +105,7 @@ pub fn shim_of(pod: &str) -> Result<Pid> {
 pub fn all() -> Vec<Case> {
     [
         lifecycle::CASES,
+        in_place::CASES,
         exec::CASES,
         stdio::CASES,
         process::CASES,
