@@ -113,12 +113,20 @@ fn plain_domain(xml: &str, folder: &Path) -> Result<String> {
             format!("<name>{NAME}</name>")
         } else if text.starts_with("<uuid>") {
             format!("<uuid>{UUID}</uuid>")
-        } else if text.starts_with("<source path='") && text.contains("console") {
-            format!("<source path='{}'/>", folder.join("console.log").display())
+        } else if text.starts_with("<log file=") {
+            format!(
+                "<log file='{}' append='on'/>",
+                folder.join("console.log").display()
+            )
         } else if text.starts_with("<source mode='bind'") {
+            let name = if text.contains("console") {
+                "console.sock"
+            } else {
+                "agent.sock"
+            };
             format!(
                 "<source mode='bind' path='{}'/>",
-                folder.join("agent.sock").display()
+                folder.join(name).display()
             )
         } else if in_interface && text.starts_with("<target dev=") {
             // libvirt makes this tap itself and takes it away with the domain.
