@@ -38,10 +38,13 @@ pub mod annotation {
     pub const DISK: &str = "dyad.dev/disk";
     /// Memory of the machine, a Kubernetes quantity (`512Mi`).
     pub const MEMORY: &str = "dyad.dev/memory";
+    /// A migration target: the pod waits for the machine of this uuid instead of booting
+    /// its own (container kind: for the pod of this identity, derived in the same way).
+    pub const MIGRATION_SOURCE: &str = "dyad.dev/migration-source";
     /// vCPUs of the machine, a whole number.
     pub const VCPUS: &str = "dyad.dev/vcpus";
     /// All of them.
-    pub const ALL: [&str; 4] = [BOOT, DISK, MEMORY, VCPUS];
+    pub const ALL: [&str; 5] = [BOOT, DISK, MEMORY, MIGRATION_SOURCE, VCPUS];
 }
 
 /// Section `[container]`.

@@ -335,6 +335,7 @@ mod tests {
         ContainerSpec {
             id: id.into(),
             containerd_namespace: "k8s.io".into(),
+            name: String::new(),
             role: Role::Sandbox,
             pod: PodInfo::default(),
             bundle: PathBuf::from("/bundle"),

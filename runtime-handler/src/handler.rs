@@ -26,6 +26,7 @@ use tokio::sync::mpsc;
 
 use crate::config::Kind;
 use crate::error::{Error, Result};
+use crate::migration::Migration;
 use crate::spec::{ContainerSpec, ExecSpec, Resources, Role};
 use crate::stats::Stats;
 
@@ -179,6 +180,18 @@ pub trait RuntimeHandler: Send + Sync {
         Err(Error::FailedPrecondition(
             "this pod has no machine, so no serial console: exec into a container instead".into(),
         ))
+    }
+
+    /// What moves the pod to another node, or takes one in: a capability, so a value and
+    /// never a stub.
+    ///
+    /// # Errors
+    /// `Unimplemented`, `FailedPrecondition`: this kind, or this host, has none; says why.
+    fn migration(&self) -> Result<&dyn Migration> {
+        Err(Error::Unimplemented(format!(
+            "migration of a pod of kind {} is not there",
+            self.kind()
+        )))
     }
 }
 

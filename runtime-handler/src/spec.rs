@@ -62,6 +62,8 @@ pub struct ContainerSpec {
     pub id: String,
     /// containerd's namespace.
     pub containerd_namespace: String,
+    /// Kubernetes' name of the container; empty for the sandbox and outside CRI.
+    pub name: String,
     /// What it is in its pod.
     pub role: Role,
     /// Its pod.

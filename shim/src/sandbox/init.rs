@@ -59,6 +59,7 @@ impl Driver {
         let spec = ContainerSpec {
             id: id.clone(),
             containerd_namespace: launch.containerd_namespace.clone(),
+            name: identity.name.clone(),
             role: identity.role,
             pod,
             bundle: request.bundle.clone(),

@@ -191,6 +191,7 @@ impl Pod {
             .create(ContainerSpec {
                 id: self.id.clone(),
                 containerd_namespace: NAMESPACE.into(),
+                name: String::new(),
                 role: Role::Container,
                 pod: PodInfo {
                     sandbox_id: self.sandbox_id.clone(),

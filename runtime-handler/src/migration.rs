@@ -1,0 +1,385 @@
+//! Moving a running pod to another node: the contract between the shim, which decides,
+//! and a backend, which moves.
+//!
+//! ```text
+//!   source                                        target (a pod with the annotation
+//!   shim driver                                   `dyad.dev/migration-source`, Incoming)
+//!      | check(parameters)      nothing moves        | receive()  waits
+//!      | send(parameters, pod) =====================>|
+//!      |    progress, progress …                     |
+//!      |    cancel() | hurry()                       |
+//!      v                                             v
+//!   Ok(Moved): fenced, must never run here again   Arrival { pod, processes }
+//!   Ok(Lost):  it runs nowhere, and that is told   Err: nothing came; it cleans up
+//!   Err:       it runs here as before
+//! ```
+//! **Exactly one.** From `send`'s first step until its answer the backend alone knows
+//! where the pod runs. `Err` promises that it runs here, `Moved` that it runs there.
+//!
+//! **Names.** A container is the same on both sides by its Kubernetes name
+//! ([`crate::spec::ContainerSpec::name`]); ids differ. Who started it where, and how
+//! often, travels as `pod`, which a backend carries without reading it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::config::annotation;
+use crate::error::{Context as _, Error, Result};
+use crate::handler::ProcessId;
+use crate::spec::PodInfo;
+
+/// What to do when a migration has taken as long as it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TimeoutAction {
+    /// Give up; the pod goes on here.
+    #[default]
+    Abort,
+    /// Run the pod on the target now, and fetch the rest of its memory from there.
+    PostCopy,
+    /// Stop the pod here, so that what is left can be copied.
+    Pause,
+}
+
+/// How to end a migration that does not end by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hurry {
+    /// As [`TimeoutAction::PostCopy`].
+    PostCopy,
+    /// As [`TimeoutAction::Pause`].
+    Pause,
+}
+
+/// How a pod is to move. Checked for shape by the shim; what a kind cannot honour its
+/// [`Migration::check`] refuses by name.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MigrationParameters {
+    /// Where to. Machine: a libvirt URI (`qemu+tls://node2/system`). Container: the target
+    /// shim's socket or address (`unix:///…/migration.sock`, `tls://host:port`).
+    pub destination: String,
+    /// Machine: where QEMU's memory stream goes (`tcp://192.0.2.7`, `unix:///…`); empty:
+    /// libvirt chooses.
+    pub migrate_uri: Option<String>,
+    /// Machine: where the disks' contents go; empty: as the memory.
+    pub disks_uri: Option<String>,
+    /// Upper bound in MiB per second; 0: none.
+    pub bandwidth_mib_s: u64,
+    /// How long the pod may stand still at the switch.
+    pub max_downtime: Option<Duration>,
+    /// How long it may take until `timeout_action`.
+    pub timeout: Option<Duration>,
+    /// What then.
+    pub timeout_action: TimeoutAction,
+    /// Slow the pod down, more and more, when it changes memory faster than it is copied.
+    pub auto_converge: bool,
+    /// Connections for the memory; 0 and 1: one.
+    pub parallel: u32,
+    /// Refuse to send anything over a connection that is not encrypted.
+    pub tls_required: bool,
+    /// Allow a connection over a network that is not encrypted.
+    pub allow_clear: bool,
+    /// Container: take open TCP connections along, where the address moves too.
+    pub tcp_established: bool,
+}
+
+/// How far a migration is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Stage {
+    /// Looking for what forbids it; nothing has moved.
+    #[default]
+    Checking,
+    /// Making ready on both sides.
+    Preparing,
+    /// The pod runs here; disks and memory are being copied.
+    Copying,
+    /// The pod stands still; the rest is being copied.
+    Switching,
+    /// The pod runs there; the rest of its memory is being fetched.
+    PostCopy,
+    /// Telling everybody, cleaning up.
+    Finishing,
+}
+
+/// Figures of a migration under way; 0 where unknown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MigrationProgress {
+    /// How far it is.
+    pub stage: Stage,
+    /// Bytes copied.
+    pub bytes_done: u64,
+    /// Bytes to copy in all, as known now.
+    pub bytes_total: u64,
+    /// Bytes still to copy.
+    pub bytes_remaining: u64,
+    /// Bytes per second, now.
+    pub rate: u64,
+    /// Bytes per second that the pod changes.
+    pub dirty_rate: u64,
+    /// How long it would stand still if the rest was copied now.
+    pub expected_downtime: Option<Duration>,
+    /// How long it stood still.
+    pub downtime: Option<Duration>,
+}
+
+/// How a `send` that took effect ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Sent {
+    /// It runs on the target.
+    Moved,
+    /// It runs on neither side, for this reason (post-copy, and a side or the network
+    /// died): its memory is in two halves.
+    Lost(String),
+}
+
+/// What came to a target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Arrival {
+    /// As the source's shim gave it to [`Migration::send`].
+    pub pod: Vec<u8>,
+    /// The target's containers that run now, with their host pids, the sandbox among
+    /// them. Of a container that had ended on the source an [`Exited`] event follows.
+    ///
+    /// [`Exited`]: crate::handler::Event::Exited
+    pub processes: Vec<(ProcessId, u32)>,
+}
+
+/// A backend that can move its pod. The driver never has two of `check`, `send` under
+/// way; `cancel` and `hurry` come while `send` is.
+#[async_trait]
+pub trait Migration: Send + Sync {
+    /// Looks for everything that forbids it, before anything moves.
+    ///
+    /// # Errors
+    /// The blocker by name, with the way out.
+    async fn check(&self, parameters: &MigrationParameters) -> Result<()>;
+
+    /// Moves the pod. `pod` is handed to the target's [`Arrival`].
+    ///
+    /// # Errors
+    /// It runs here as before; the error says why it did not move.
+    async fn send(
+        &self,
+        parameters: &MigrationParameters,
+        pod: Vec<u8>,
+        progress: watch::Sender<MigrationProgress>,
+    ) -> Result<Sent>;
+
+    /// Makes `send` give up; its own answer tells how that ended. Nothing under way:
+    /// nothing happens.
+    ///
+    /// # Errors
+    /// It cannot be given up any more.
+    async fn cancel(&self) -> Result<()>;
+
+    /// Brings `send` to an end.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` where this kind or this stage does not have it.
+    async fn hurry(&self, how: Hurry) -> Result<()>;
+
+    /// Target: waits, without a bound, for the source. Dropped when the pod is deleted.
+    ///
+    /// # Errors
+    /// The source failed; the target has cleaned up, and never becomes a pod.
+    async fn receive(&self) -> Result<Arrival>;
+}
+
+/// The pod that `pod` is to take over, where it is a target.
+pub fn source_of(pod: &PodInfo) -> Option<&str> {
+    pod.annotations
+        .get(annotation::MIGRATION_SOURCE)
+        .map(String::as_str)
+}
+
+/// A pod that runs on another node and must not run here again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// containerd's namespace and the sandbox's id.
+    pub containerd_namespace: String,
+    /// The sandbox that left.
+    pub sandbox_id: String,
+    /// Its Kubernetes UID: kubelet makes another sandbox for the same pod.
+    pub pod_uid: String,
+    /// Its Kubernetes namespace and name, for people.
+    pub pod: String,
+    /// Where it went.
+    pub destination: String,
+    /// Whether it is known to run there. Put up as `false` before anything is given away,
+    /// so that the fence holds whoever dies; taken away when the migration fails.
+    pub settled: bool,
+    /// When, in seconds since the epoch.
+    pub unix_s: u64,
+}
+
+/// The fence: tombstones in `<cache_dir>/migrated`, one file each, on disk, so that they
+/// outlive shim, containerd and node.
+///
+/// A Kubernetes pod UID is never used twice, so a tombstone stays right for ever; those
+/// older than [`Tombstones::KEEP`] are removed as litter. A machine that comes back does so as a
+/// pod of another UID, which the fence does not hold.
+#[derive(Debug, Clone)]
+pub struct Tombstones {
+    dir: PathBuf,
+}
+
+impl Tombstones {
+    /// How long a tombstone is kept.
+    pub const KEEP: Duration = Duration::from_secs(90 * 24 * 3600);
+
+    /// The fence of the host whose cache this is.
+    pub fn new(cache_dir: &Path) -> Self {
+        Self {
+            dir: cache_dir.join("migrated"),
+        }
+    }
+
+    fn path(&self, containerd_namespace: &str, sandbox_id: &str) -> PathBuf {
+        self.dir
+            .join(format!("{containerd_namespace}.{sandbox_id}.json"))
+    }
+
+    /// Puts one up; on disk when this returns.
+    ///
+    /// # Errors
+    /// It could not be written. The pod must not be given away then.
+    pub fn put(&self, tombstone: &Tombstone) -> Result<()> {
+        let path = self.path(&tombstone.containerd_namespace, &tombstone.sandbox_id);
+        let write = || -> std::io::Result<()> {
+            use std::io::Write as _;
+            std::fs::create_dir_all(&self.dir)?;
+            let new = path.with_extension("new");
+            let mut file = std::fs::File::create(&new)?;
+            file.write_all(&serde_json::to_vec_pretty(tombstone)?)?;
+            file.sync_all()?;
+            std::fs::rename(&new, &path)?;
+            std::fs::File::open(&self.dir)?.sync_all()
+        };
+        write().context(|| format!("write {}", path.display()))
+    }
+
+    /// Takes one away: the pod did not leave after all.
+    ///
+    /// # Errors
+    /// It is there and cannot be removed.
+    pub fn remove(&self, containerd_namespace: &str, sandbox_id: &str) -> Result<()> {
+        let path = self.path(containerd_namespace, sandbox_id);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::other(format!("remove {}", path.display()), error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The tombstone of this sandbox, or of another one of the same Kubernetes pod.
+    /// One that cannot be read does not count, and is reported.
+    pub fn find(
+        &self,
+        containerd_namespace: &str,
+        sandbox_id: &str,
+        pod_uid: &str,
+    ) -> Option<Tombstone> {
+        self.all().into_values().find(|tombstone| {
+            let own = tombstone.containerd_namespace == containerd_namespace
+                && tombstone.sandbox_id == sandbox_id;
+            own || (!pod_uid.is_empty() && tombstone.pod_uid == pod_uid)
+        })
+    }
+
+    /// Removes those that are older than [`Self::KEEP`] at `now`.
+    pub fn prune(&self, now: SystemTime) {
+        for (path, tombstone) in self.all() {
+            let at = SystemTime::UNIX_EPOCH + Duration::from_secs(tombstone.unix_s);
+            if now
+                .duration_since(at)
+                .is_ok_and(|passed| passed > Self::KEEP)
+                && let Err(error) = std::fs::remove_file(&path)
+            {
+                log::warn!("remove {}: {error}", path.display());
+            }
+        }
+    }
+
+    fn all(&self) -> BTreeMap<PathBuf, Tombstone> {
+        let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        entries
+            .map(|entry| entry.path())
+            .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
+            .filter_map(|path| {
+                let read = std::fs::read(&path)
+                    .map_err(|error| error.to_string())
+                    .and_then(|text| {
+                        serde_json::from_slice(&text).map_err(|error| error.to_string())
+                    });
+                match read {
+                    Ok(tombstone) => Some((path, tombstone)),
+                    Err(error) => {
+                        log::warn!("tombstone {}: {error}", path.display());
+                        None
+                    }
+                }
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tombstone(sandbox: &str, uid: &str, unix_s: u64) -> Tombstone {
+        Tombstone {
+            containerd_namespace: "k8s.io".into(),
+            sandbox_id: sandbox.into(),
+            pod_uid: uid.into(),
+            pod: "default/web".into(),
+            destination: "qemu+tls://node2/system".into(),
+            settled: true,
+            unix_s,
+        }
+    }
+
+    #[test]
+    fn the_fence_holds_the_sandbox_and_every_other_of_its_pod() {
+        let dir = tempfile::tempdir().unwrap();
+        let fence = Tombstones::new(dir.path());
+        assert_eq!(fence.find("k8s.io", "s1", "u1"), None);
+        fence.put(&tombstone("s1", "u1", 1)).unwrap();
+        fence.put(&tombstone("s9", "", 1)).unwrap();
+        for (namespace, sandbox, uid, held) in [
+            ("k8s.io", "s1", "", true),
+            ("k8s.io", "s2", "u1", true),
+            ("k8s.io", "s2", "u2", false),
+            ("k8s.io", "s2", "", false),
+            ("other", "s1", "", false),
+        ] {
+            assert_eq!(
+                fence.find(namespace, sandbox, uid).is_some(),
+                held,
+                "{namespace} {sandbox} {uid}"
+            );
+        }
+        fence.remove("k8s.io", "s1").unwrap();
+        fence.remove("k8s.io", "s1").unwrap();
+        assert_eq!(fence.find("k8s.io", "s1", "u1"), None);
+    }
+
+    #[test]
+    fn a_damaged_tombstone_does_not_hide_the_others_and_old_ones_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let fence = Tombstones::new(dir.path());
+        fence.put(&tombstone("old", "u1", 1)).unwrap();
+        let now = SystemTime::UNIX_EPOCH + Tombstones::KEEP + Duration::from_secs(10);
+        fence
+            .put(&tombstone("new", "u2", Tombstones::KEEP.as_secs()))
+            .unwrap();
+        std::fs::write(dir.path().join("migrated/x.json"), "{").unwrap();
+        fence.prune(now);
+        assert_eq!(fence.find("k8s.io", "old", "u1"), None);
+        assert!(fence.find("k8s.io", "new", "u2").is_some());
+    }
+}
