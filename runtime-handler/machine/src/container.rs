@@ -279,10 +279,7 @@ impl Container {
         let container = Arc::clone(self);
         let guest_id = self.guest_id();
         tokio::spawn(async move {
-            match agent
-                .wait(&guest_id, process.exec.as_deref())
-                .await
-            {
+            match agent.wait(&guest_id, process.exec.as_deref()).await {
                 Ok(exit) => {
                     if process.exec.is_none() {
                         container.save_termination(&agent).await;
@@ -313,6 +310,12 @@ impl Container {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its source does not come: lets go of its stdio, since whoever reads that waits for the
+    /// end. Says whether it was waiting.
+    pub fn stop_waiting(&self) -> bool {
+        self.lock().waiting.take().is_some()
     }
 
     /// Leaves its volumes in the guest as they are.
@@ -387,6 +390,9 @@ impl Instance for ContainerInstance {
     }
 
     async fn stop(&self, grace: Duration) -> Result<()> {
+        if self.0.stop_waiting() {
+            return Ok(());
+        }
         let process = ProcessId::init(&self.0.id);
         for (signal, bound) in [(libc::SIGTERM, grace), (libc::SIGKILL, KILL_PATIENCE)] {
             if !self.0.machine.is_running(&process) {

@@ -281,6 +281,9 @@ impl Driver {
             Err(error) => return self.refused(container, ticket, reply, error),
         };
         match step {
+            Step::EndKept if matches!(self.phase_of(container), Some(Phase::Incoming { .. })) => {
+                return self.end_incoming(container, ticket, instance, signal, reply);
+            }
             Step::EndKept => {
                 let status = 128 + signal.unsigned_abs();
                 let at = SystemTime::now();
