@@ -24,13 +24,24 @@ free_subnet() {
 # An MTU that is not the usual one shows whether a pod really gets what CNI said.
 write_network() {
     local dir=$1 bridge subnet
+    if is_node "$dir"; then
+        start_node_network "$dir"
+        return
+    fi
     bridge=$(bridge_name "$dir")
     if ! ip link show "$bridge" >/dev/null 2>&1; then
         subnet=$(free_subnet "$dir")
         ip link add "$bridge" type bridge
         ip addr add "$subnet.1/24" dev "$bridge"
         ip link set "$bridge" mtu 1450 up
-        cat >"$dir/etc/cni/net.d/10-dyad.conflist" <<JSON
+        write_conflist "$dir" "$bridge" "$subnet"
+    fi
+}
+
+# write_conflist DIR BRIDGE SUBNET [RANGE]: CNI's configuration; RANGE narrows the addresses, as JSON members.
+write_conflist() {
+    local dir=$1 bridge=$2 subnet=$3 range=${4:-}
+    cat >"$dir/etc/cni/net.d/10-dyad.conflist" <<JSON
 {
   "cniVersion": "1.0.0",
   "name": "$bridge",
@@ -39,14 +50,13 @@ write_network() {
       "type": "bridge", "bridge": "$bridge", "isGateway": false, "ipMasq": false, "hairpinMode": true, "mtu": 1450,
       "ipam": {
         "type": "host-local", "dataDir": "$dir/cni/ipam",
-        "ranges": [[{"subnet": "$subnet.0/24", "gateway": "$subnet.1"}]],
+        "ranges": [[{"subnet": "$subnet.0/24", $range"gateway": "$subnet.1"}]],
         "routes": [{"dst": "0.0.0.0/0"}]
       }
     }$(if have iptables || have nft; then printf ',\n    {"type": "portmap", "capabilities": {"portMappings": true}}'; fi)
   ]
 }
 JSON
-    fi
 }
 
 # write_containerd_config DIR VERSION
@@ -171,7 +181,7 @@ log_level = "${DYAD_LOG_LEVEL:-info}"
 runtime = "$dir/bin/runc"
 
 [annotations]
-allow = ["dyad.dev/vcpus"]
+allow = ["dyad.dev/migration-source", "dyad.dev/vcpus"]
 TOML
     cat >"$dir/etc/dyad-vm.toml" <<TOML
 kind = "machine"
@@ -188,7 +198,7 @@ kernel = "$dir/guest/vmlinux"
 initramfs = "$dir/guest/initramfs.zst"
 
 [annotations]
-allow = ["dyad.dev/vcpus"]
+allow = ["dyad.dev/migration-source", "dyad.dev/vcpus"]
 TOML
 }
 

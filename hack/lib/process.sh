@@ -22,9 +22,12 @@ is_zombie() {
 # in DIR/log/NAME.log, its pid in DIR/pid/NAME. What the daemon leaves behind (shims, QEMU) becomes the subreaper's
 # child: libvirt and the shims see an exit at once, also where the host's PID 1 reaps late.
 start_daemon() {
-    local dir=$1 name=$2 reaper pid=''
+    local dir=$1 name=$2 reaper pid='' enter=()
     shift 2
-    DYAD_ENVIRONMENT=$dir setsid tini -s -- "$@" >>"$dir/log/$name.log" 2>&1 </dev/null &
+    if [ "$name" != node ] && is_node "$dir"; then
+        enter=(nsenter --target "$(daemon_pid "$dir" node)" --mount --net --uts --)
+    fi
+    DYAD_ENVIRONMENT=$dir setsid tini -s -- "${enter[@]}" "$@" >>"$dir/log/$name.log" 2>&1 </dev/null &
     reaper=$!
     for _ in $(seq 100); do
         pid=$(cat "/proc/$reaper/task/$reaper/children" 2>/dev/null || true)

@@ -19,6 +19,7 @@ mod bootstrap;
 pub mod config;
 mod events;
 mod logger;
+pub mod migration;
 mod rpc;
 pub mod sandbox;
 mod server;

@@ -15,6 +15,7 @@ use protobuf::{EnumOrUnknown, MessageField};
 use tokio::sync::Semaphore;
 use ttrpc::r#async::{ServerStream, ServerStreamSender, TtrpcContext};
 
+use super::migration;
 use super::status::status;
 use crate::sandbox::pod::Operation;
 use crate::sandbox::state::State;
@@ -188,6 +189,54 @@ impl Lifecycle for LifecycleService {
             grace: grace(request.grace_ms),
         };
         self.operate(operation, request.target).await
+    }
+
+    async fn migrate(
+        &self,
+        _: &TtrpcContext,
+        request: wire::MigrateRequest,
+    ) -> ttrpc::Result<wire::MigrateResponse> {
+        let asked = match migration::parameters(request) {
+            Ok(parameters) => self.sandbox.migrate(parameters).await,
+            Err(error) => Err(error),
+        };
+        match asked {
+            Ok(migration) => Ok(wire::MigrateResponse {
+                migration,
+                ..Default::default()
+            }),
+            Err(error) => Err(status(&error)),
+        }
+    }
+
+    async fn migration_status(
+        &self,
+        _: &TtrpcContext,
+        _: wire::MigrationStatusRequest,
+        to_client: ServerStreamSender<wire::MigrationProgress>,
+    ) -> ttrpc::Result<()> {
+        let watched = self.sandbox.migration().await;
+        let mut views = watched.map_err(|error| status(&error))?;
+        loop {
+            let view = views.borrow_and_update().clone();
+            let over = view.number == 0 || view.outcome.is_some();
+            // A client that went away is the usual end.
+            if to_client.send(&migration::progress(&view)).await.is_err()
+                || over
+                || views.changed().await.is_err()
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn cancel_migration(
+        &self,
+        _: &TtrpcContext,
+        _: wire::CancelMigrationRequest,
+    ) -> ttrpc::Result<wire::StateResponse> {
+        let view = self.sandbox.cancel_migration().await;
+        view.map(state_response).map_err(|error| status(&error))
     }
 
     async fn console(

@@ -3,6 +3,7 @@
 
 pub mod convert;
 pub mod lifecycle;
+mod migration;
 pub mod status;
 mod task;
 

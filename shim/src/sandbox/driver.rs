@@ -18,14 +18,16 @@ use dyad_runtime_handler::spec::{PodInfo, Role};
 use dyad_runtime_handler::stats::Stats;
 use dyad_runtime_handler::{Error, Result};
 use log::{debug, error, info, warn};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::lane::{Class, Ticket};
+use super::migration::Outgoing;
 use super::record::{ContainerRecord, Record, VERSION};
 use super::state::{self, Refusal, RefusalClass, Request, State, Step};
 use super::task::{Job, Phase, Task, answer_waiters};
 use super::{Change, Command, ProcessView, Reply, TaskEvent, Transition, record};
 use crate::bootstrap::launch::Launch;
+use crate::migration::MigrationView;
 
 /// Exit status of what the machine took with it.
 const KILLED: u32 = 137;
@@ -56,6 +58,12 @@ pub struct Driver {
     pub(super) watchers: Vec<mpsc::Sender<Transition>>,
     /// How many transitions there were.
     pub(super) transitions: u64,
+    /// The migration under way.
+    pub(super) outgoing: Option<Outgoing>,
+    /// The migration under way or the last one, as it is told.
+    pub(super) migrations: watch::Sender<MigrationView>,
+    /// The pod waits for its source.
+    pub(super) incoming: bool,
     shutdown: bool,
 }
 
@@ -81,6 +89,9 @@ impl Driver {
             publisher,
             watchers: Vec::new(),
             transitions: 0,
+            outgoing: None,
+            migrations: watch::Sender::default(),
+            incoming: false,
             shutdown: false,
         }
     }
@@ -116,6 +127,10 @@ impl Driver {
                 let _ = reply.send(Ok(self.pod_view()));
             }
             Command::Watch(watcher) => self.watch(watcher),
+            Command::Migration(reply) => {
+                let _ = reply.send(Ok(self.migrations.subscribe()));
+            }
+            Command::CancelMigration(reply) => self.cancel_migration(reply),
             Command::Shutdown(reply) => {
                 // containerd asks after each container's delete; the last one counts.
                 if self.tasks.is_empty() {
@@ -165,6 +180,9 @@ impl Driver {
                 self.stop_init(&container, ticket, grace, reply);
             }
             (None, Change::Start(reply)) => self.start_again(&container, ticket, reply),
+            (None, Change::Migrate(parameters, reply)) => {
+                self.migrate(&container, ticket, parameters, reply);
+            }
             (
                 None,
                 Change::Restart {
@@ -382,10 +400,12 @@ impl Driver {
             && self
                 .tasks
                 .get(container)
-                .is_some_and(|task| self.effective(task) == State::Stopped);
+                .is_some_and(|task| {
+                    matches!(self.effective(task), State::Stopped | State::Incoming)
+                });
         if machine_is_off {
             let _ = reply.send(Err(Error::FailedPrecondition(format!(
-                "{container}: no usage to read: it is stopped and kept; start it first"
+                "{container}: no usage to read: its machine is not on"
             ))));
             return;
         }
@@ -464,7 +484,9 @@ impl Driver {
             let kept = self
                 .tasks
                 .get(container)
-                .is_some_and(|task| matches!(task.phase, Phase::Stopped { .. }));
+                .is_some_and(|task| {
+                    matches!(task.phase, Phase::Stopped { .. } | Phase::Incoming { .. })
+                });
             match &process.exec {
                 Some(exec) => self.exec_exited(container, exec, exit),
                 // There is nothing left that it could be started in.
@@ -532,7 +554,9 @@ impl Change {
         let own = || Class::Process(process.exec.clone());
         match (self, &process.exec) {
             (Self::Signal { .. }, exec) => Class::Signal(exec.clone()),
-            (Self::Stop { .. } | Self::Restart { .. }, None) => Class::Interruptible,
+            (Self::Stop { .. } | Self::Restart { .. } | Self::Migrate(..), None) => {
+                Class::Interruptible
+            }
             (Self::Resize { .. } | Self::CloseStdin(_), _) => own(),
             (_, Some(_)) => own(),
             (_, None) => Class::Whole,
@@ -542,6 +566,7 @@ impl Change {
     fn refuse(self, error: Error) {
         match self {
             Self::Run(reply) => drop(reply.send(Err(error))),
+            Self::Migrate(_, reply) => drop(reply.send(Err(error))),
             Self::Delete(reply) => drop(reply.send(Err(error))),
             Self::Signal { reply, .. }
             | Self::Resize { reply, .. }

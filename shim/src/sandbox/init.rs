@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use dyad_runtime_handler::handler::{Exit, Instance};
+use dyad_runtime_handler::migration;
 use dyad_runtime_handler::spec::{ContainerSpec, Resources, Role};
 use dyad_runtime_handler::{Error, Result};
 use log::{debug, info, warn};
@@ -41,7 +42,7 @@ impl Driver {
         if identity.role == Role::Container {
             let sandbox = self.tasks.get(&identity.sandbox_id);
             match sandbox.map(|task| task.phase.state()) {
-                Some(State::Running) => {}
+                Some(State::Running | State::Incoming) => {}
                 None => {
                     return Err(Error::FailedPrecondition(format!(
                         "create {id}: its pod {} is not here",
@@ -55,6 +56,9 @@ impl Driver {
                     )));
                 }
             }
+        }
+        if identity.role == Role::Sandbox {
+            self.check_fence(id, &pod.uid)?;
         }
         let spec = ContainerSpec {
             id: id.clone(),
@@ -85,6 +89,7 @@ impl Driver {
         } = request;
         if identity.role == Role::Sandbox {
             self.info = spec.pod.clone();
+            self.incoming = migration::source_of(&spec.pod).is_some();
         }
         // From here on something may be left, should we die.
         if let Err(error) = write_launch(&self.pod.launch, &id, identity.role, &bundle) {
@@ -183,13 +188,21 @@ impl Driver {
             Phase::Starting { early, .. } => *early,
             _ => None,
         };
+        let is_sandbox = task.role == Role::Sandbox;
         match result {
             Ok(pid) => {
                 self.publish(TaskEvent::Start {
                     container: container.to_owned(),
                     pid,
                 });
-                self.set_phase(container, Phase::Running { pid }, "");
+                if self.incoming {
+                    self.set_phase(container, Phase::Incoming { pid }, "");
+                    if is_sandbox {
+                        self.await_source();
+                    }
+                } else {
+                    self.set_phase(container, Phase::Running { pid }, "");
+                }
                 let _ = reply.send(Ok(pid));
                 // After its start was told, however short it lived.
                 if let Some(exit) = early {
@@ -238,9 +251,12 @@ impl Driver {
             Phase::Created
             | Phase::Running { .. }
             | Phase::Paused { .. }
+            | Phase::Migrating { .. }
             | Phase::Stopping { .. } => self.end_for_good(container, pid, exit),
             Phase::Creating
             | Phase::Stopped { .. }
+            | Phase::Incoming { .. }
+            | Phase::Migrated { .. }
             | Phase::Exited { .. }
             | Phase::Failed { .. } => {
                 debug!("exit of {container} while {:?}", task.phase);
@@ -273,6 +289,15 @@ impl Driver {
                 return self.finish(container, ticket);
             }
             Step::EndStopping => self.no_longer_kept(container),
+            Step::CancelAndSignal => {
+                return self.cancel_and_signal(super::migration::Signal {
+                    container: container.to_owned(),
+                    ticket,
+                    signal,
+                    all,
+                    reply,
+                });
+            }
             _ => {}
         }
         // What was asked to end already ends now.

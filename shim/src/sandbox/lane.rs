@@ -94,6 +94,11 @@ impl<J> Lane<J> {
         self.waiting.drain(..).map(|(_, job)| job)
     }
 
+    /// Whether nothing is under way and nothing waits.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
     fn may_run(&self, class: &Class) -> bool {
         self.running
             .iter()

@@ -15,6 +15,7 @@ mod execs;
 mod init;
 mod lane;
 mod lifecycle;
+mod migration;
 pub mod pod;
 pub mod record;
 pub mod state;
@@ -25,14 +26,16 @@ use std::time::{Duration, SystemTime};
 
 use dyad_runtime_handler::config::Kind;
 use dyad_runtime_handler::handler::{Exit, MachineInfo, ProcessId};
+use dyad_runtime_handler::migration::MigrationParameters;
 use dyad_runtime_handler::spec::{PodInfo, Resources, RootMount};
 use dyad_runtime_handler::stats::Stats;
 use dyad_runtime_handler::{Error, Result};
 use oci_spec::runtime::Process;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 pub use driver::{Driver, Pod};
 
+use crate::migration::MigrationView;
 use crate::stdio::StdioUris;
 use state::{State, TaskStatus};
 
@@ -227,6 +230,9 @@ pub(crate) enum Command {
     View(Reply<PodView>),
     /// Transitions from now on, preceded by one for each task as it is.
     Watch(mpsc::Sender<Transition>),
+    /// The migration under way, or the last one.
+    Migration(Reply<watch::Receiver<MigrationView>>),
+    CancelMigration(Reply<()>),
     Shutdown(Reply<()>),
 }
 
@@ -246,6 +252,8 @@ pub(crate) enum Change {
         reply: Reply<()>,
     },
     Start(Reply<()>),
+    /// Of the sandbox: the pod moves away.
+    Migrate(Box<MigrationParameters>, Reply<u64>),
     Restart {
         force: bool,
         grace: Duration,

@@ -47,7 +47,20 @@ pub(super) enum Phase {
     Stopped {
         exit: Exit,
     },
+    /// The backend moves the pod away; it runs here.
+    Migrating {
+        pid: u32,
+    },
+    /// A migration target that waits; the pid is that of who keeps it.
+    Incoming {
+        pid: u32,
+    },
     Exited {
+        pid: u32,
+        exit: Exit,
+    },
+    /// It runs on another node.
+    Migrated {
         pid: u32,
         exit: Exit,
     },
@@ -68,7 +81,10 @@ impl Phase {
             Self::Running { .. } => State::Running,
             Self::Paused { .. } => State::Paused,
             Self::Stopping { .. } => State::Stopping,
+            Self::Migrating { .. } => State::Migrating,
+            Self::Incoming { .. } => State::Incoming,
             Self::Exited { exit, .. } => State::Exited(exit.status),
+            Self::Migrated { .. } => State::Migrated,
             Self::Failed { reason, .. } => State::Failed(reason.clone()),
         }
     }
@@ -76,7 +92,7 @@ impl Phase {
     /// How it ended for good.
     pub(super) fn exit(&self) -> Option<Exit> {
         match self {
-            Self::Exited { exit, .. } => Some(*exit),
+            Self::Exited { exit, .. } | Self::Migrated { exit, .. } => Some(*exit),
             Self::Failed { at, .. } => Some(Exit {
                 status: NEVER_RAN,
                 at: *at,
@@ -233,6 +249,9 @@ impl Task {
             Phase::Running { pid }
             | Phase::Paused { pid }
             | Phase::Stopping { pid, .. }
+            | Phase::Migrating { pid }
+            | Phase::Incoming { pid }
+            | Phase::Migrated { pid, .. }
             | Phase::Exited { pid, .. } => *pid,
             Phase::Creating | Phase::Stopped { .. } | Phase::Failed { .. } => 0,
             Phase::Created | Phase::Starting { .. } => self
