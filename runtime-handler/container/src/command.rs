@@ -346,7 +346,7 @@ mod tests {
                     parent: None,
                     pre_dump: false,
                     tcp_established: false,
-                    criu: CRIU,
+                    criu: criu(),
                 },
                 "checkpoint --image-path /i/dump --work-path /w --leave-running --file-locks --manage-cgroups-mode ignore web",
             ),
@@ -358,7 +358,7 @@ mod tests {
                     parent: Some(Path::new("../pre-1")),
                     pre_dump: true,
                     tcp_established: true,
-                    criu: CRIU,
+                    criu: criu(),
                 },
                 "checkpoint --image-path /i/pre-2 --work-path /w --parent-path ../pre-1 --pre-dump --tcp-established --file-locks --manage-cgroups-mode ignore web",
             ),
@@ -370,7 +370,7 @@ mod tests {
                     images: Path::new("/i/dump"),
                     work: Path::new("/w"),
                     tcp_established: true,
-                    criu: CRIU,
+                    criu: criu(),
                 },
                 "restore --detach --no-subreaper --bundle /b --pid-file /b/init.pid --image-path /i/dump --work-path /w --tcp-established --file-locks --manage-cgroups-mode ignore web",
             ),
@@ -383,10 +383,12 @@ mod tests {
         }
     }
 
-    const CRIU: Criu<'_> = Criu {
-        dir: Path::new("/opt/criu"),
-        config: Path::new("/w/criu.conf"),
-    };
+    fn criu() -> Criu<'static> {
+        Criu {
+            dir: Path::new("/opt/criu"),
+            config: Path::new("/w/criu.conf"),
+        }
+    }
 
     #[test]
     fn criu_is_found_and_told_by_the_environment() {
@@ -397,7 +399,7 @@ mod tests {
             images: Path::new("/i"),
             work: Path::new("/w"),
             tcp_established: false,
-            criu: CRIU,
+            criu: criu(),
         };
         let env = |path: Option<&str>| restore.env(path.map(OsStr::new));
         assert_eq!(

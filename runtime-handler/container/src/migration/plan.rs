@@ -405,18 +405,34 @@ fn version((major, minor): (u32, u32)) -> String {
 
 /// What CRIU is told beside the OCI runtime's words: a line an option.
 ///
-/// Without open connections nothing has to be kept from the network while it works. The
-/// process joins the namespaces of its pod, given by the pause container's pid; the
-/// network is the OCI runtime's business.
-pub(crate) fn criu_config(tcp_established: bool, join: Option<(u32, &[&str])>) -> String {
+/// Without open connections nothing has to be kept from the network while it works. A
+/// restored process joins the namespaces of its pod; the network is the OCI runtime's
+/// business.
+pub(crate) fn criu_config(tcp_established: bool, join: &[(&str, PathBuf)]) -> String {
     let lock = if tcp_established { "nftables" } else { "skip" };
     let mut text = format!("network-lock {lock}\nghost-limit 268435456\nlink-remap\n");
-    if let Some((pid, namespaces)) = join {
-        for namespace in namespaces {
-            text.push_str(&format!("join-ns {namespace}:/proc/{pid}/ns/{namespace}\n"));
-        }
+    for (namespace, path) in join {
+        text.push_str(&format!("join-ns {namespace}:{}\n", path.display()));
     }
     text
+}
+
+/// The namespaces that a container has from its pod and CRIU has to be told of.
+pub(crate) fn joined_namespaces(spec: &Spec) -> Vec<(&'static str, PathBuf)> {
+    let linux = spec.linux().as_ref();
+    let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
+    let known = [
+        (LinuxNamespaceType::Ipc, "ipc"),
+        (LinuxNamespaceType::Uts, "uts"),
+    ];
+    namespaces
+        .into_iter()
+        .flatten()
+        .filter_map(|ns| {
+            let (_, name) = known.iter().find(|(kind, _)| *kind == ns.typ())?;
+            Some((*name, ns.path().clone()?))
+        })
+        .collect()
 }
 
 /// The errors in CRIU's log, which name what it could not take.
@@ -616,10 +632,6 @@ mod tests {
     fn every_difference_that_matters_is_named() {
         type Change = fn(&mut Manifest, &mut Manifest);
         assert_eq!(compare(&manifest(), &manifest()), Ok(()));
-        let app = |manifest: &mut Manifest| -> *mut Described {
-            manifest.containers.get_mut("app").unwrap()
-        };
-        let _ = app;
         let changes: [(Change, &str); 15] = [
             (|_, t| t.arch = "aarch64".into(), "processors are aarch64"),
             (|_, t| { t.cpu_flags.remove("avx2"); }, "lack 1 features that the source's have (avx2)"),
@@ -729,9 +741,16 @@ mod tests {
 
     #[test]
     fn criu_joins_the_namespaces_of_the_target_pod() {
-        assert_eq!(criu_config(false, None), "network-lock skip\nghost-limit 268435456\nlink-remap\n");
         assert_eq!(
-            criu_config(true, Some((7, &["ipc", "uts"]))),
+            criu_config(false, &[]),
+            "network-lock skip\nghost-limit 268435456\nlink-remap\n"
+        );
+        let spec = json!({"ociVersion": "1.2.0", "linux": {"namespaces": [
+            {"type": "pid"}, {"type": "ipc", "path": "/proc/7/ns/ipc"},
+            {"type": "uts", "path": "/proc/7/ns/uts"}, {"type": "network", "path": "/n"}]}});
+        let join = joined_namespaces(&serde_json::from_value(spec).unwrap());
+        assert_eq!(
+            criu_config(true, &join),
             "network-lock nftables\nghost-limit 268435456\nlink-remap\njoin-ns ipc:/proc/7/ns/ipc\njoin-ns uts:/proc/7/ns/uts\n"
         );
     }

@@ -146,7 +146,7 @@ fn below(text: &str) -> Result<PathBuf> {
 }
 
 /// All files below `root`, parents first, with `.` for itself.
-fn scan(root: &Path) -> io::Result<Vec<(PathBuf, Metadata)>> {
+pub(crate) fn scan(root: &Path) -> io::Result<Vec<(PathBuf, Metadata)>> {
     let mut found = vec![(PathBuf::from("."), fs::symlink_metadata(root)?)];
     let mut dirs = vec![PathBuf::new()];
     while let Some(dir) = dirs.pop() {
@@ -229,7 +229,8 @@ pub(crate) async fn send(
     wire.send(&Message::Tree { place }).await?;
     let mut now = Sent::default();
     for (path, metadata) in &files {
-        now.0.insert(path.clone(), stamp(metadata, started));
+        let trusted = is_settled(metadata, started).then(|| stamp(metadata));
+        now.0.insert(path.clone(), trusted);
     }
     for path in sent.0.keys().rev() {
         if !now.0.contains_key(path) {
@@ -244,9 +245,7 @@ pub(crate) async fn send(
             let inode = (metadata.dev(), metadata.ino());
             first_names.entry(inode).or_insert_with(|| path.clone())
         });
-        let before = sent.0.get(&path);
-        let same = |before: &&Option<Stamp>| before.is_some() && now.0.get(&path) == Some(*before);
-        if before.filter(same).is_some() {
+        if sent.0.get(&path) == Some(&Some(stamp(&metadata))) {
             continue;
         }
         let other_name = first.filter(|first| **first != path).cloned();
@@ -309,17 +308,20 @@ async fn send_file(
     Ok(())
 }
 
-/// `None` for a file that must be sent again, whatever.
-fn stamp(metadata: &Metadata, now: SystemTime) -> Option<Stamp> {
-    let ctime = (metadata.ctime(), metadata.ctime_nsec());
+fn stamp(metadata: &Metadata) -> Stamp {
+    Stamp {
+        inode: metadata.ino(),
+        ctime: (metadata.ctime(), metadata.ctime_nsec()),
+        size: metadata.len(),
+    }
+}
+
+/// Whether a change from `now` on would show in its [`Stamp`].
+fn is_settled(metadata: &Metadata, now: SystemTime) -> bool {
     let seconds = now
         .duration_since(SystemTime::UNIX_EPOCH)
         .map_or(0, |passed| passed.as_secs() as i64);
-    (metadata.is_dir() || ctime.0 + (SETTLED.as_secs() as i64) < seconds).then_some(Stamp {
-        inode: metadata.ino(),
-        ctime,
-        size: metadata.len(),
-    })
+    metadata.ctime() + (SETTLED.as_secs() as i64) < seconds
 }
 
 fn describe(
@@ -392,6 +394,8 @@ fn unsupported_is_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 /// Makes a tree's files again.
 pub(crate) struct Receiver {
     root: OwnedFd,
+    /// Only files, and the link to the set before.
+    images: bool,
     /// Directories, whose times are set when nothing changes in them any more.
     dirs: Vec<(PathBuf, Entry)>,
 }
@@ -407,8 +411,15 @@ impl Receiver {
             .context(|| format!("open {}", root.display()))?;
         Ok(Self {
             root,
+            images: false,
             dirs: Vec::new(),
         })
+    }
+
+    /// Takes nothing but what CRIU writes.
+    pub(crate) fn images(mut self) -> Self {
+        self.images = true;
+        self
     }
 
     /// Receives entries until the tree's end; `on_bytes` is told of the bytes of files.
@@ -484,6 +495,9 @@ impl Receiver {
             return Ok(None);
         }
         let path = below(&entry.path)?;
+        if self.images && !is_image(entry) {
+            return Err(broken("it is none of CRIU's images".into()));
+        }
         let context = || "cannot".to_owned();
         if entry.kind == Kind::Dir {
             let (dir, name) = self.parent(&path).context(context)?;
@@ -556,6 +570,19 @@ impl Receiver {
             set_attributes(&path, entry, true)?;
         }
         Ok(())
+    }
+}
+
+/// A set of images is flat; `parent` leads to the set before it.
+fn is_image(entry: &Entry) -> bool {
+    match &entry.kind {
+        Kind::File { .. } => !entry.path.contains('/'),
+        Kind::Symlink { target } => {
+            let set = target.strip_prefix("../pre-");
+            let number = set.is_some_and(|set| set.parse::<u8>().is_ok());
+            entry.path == "parent" && number
+        }
+        _ => false,
     }
 }
 
@@ -720,9 +747,8 @@ mod tests {
         assert_eq!(fs::metadata(to.join("sparse")).unwrap().blocks(), 0);
 
         // As if those were older than a moment.
-        let old = SystemTime::now() + Duration::from_secs(10);
         for (path, metadata) in scan(&from).unwrap() {
-            sent.0.insert(path, stamp(&metadata, old));
+            sent.0.insert(path, Some(stamp(&metadata)));
         }
         fs::write(from.join("d/new"), "12345").unwrap();
         fs::remove_dir_all(from.join("d/e")).unwrap();
@@ -745,8 +771,8 @@ mod tests {
         fs::write(&file, "x").unwrap();
         let metadata = fs::metadata(&file).unwrap();
         let now = SystemTime::now();
-        assert_eq!(stamp(&metadata, now), None);
-        assert!(stamp(&metadata, now + 3 * SETTLED).is_some());
+        assert!(!is_settled(&metadata, now));
+        assert!(is_settled(&metadata, now + 3 * SETTLED));
     }
 
     #[test]
@@ -807,6 +833,25 @@ mod tests {
         assert_eq!(fs::read_to_string(outside.join("secret")).unwrap(), "s");
         assert_eq!(fs::read_to_string(root.join("out")).unwrap(), "x");
         assert!(receiver.make(&entry(".", Kind::Fifo)).is_err());
+    }
+
+    #[test]
+    fn among_images_there_is_nothing_else() {
+        let temp = tempfile::tempdir().unwrap();
+        let mut receiver = Receiver::new(temp.path()).unwrap().images();
+        let link = |target: &str| Kind::Symlink { target: target.into() };
+        for (path, kind, fine) in [
+            ("pages-1.img", Kind::File { size: 0 }, true),
+            ("parent", link("../pre-1"), true),
+            ("parent", link("../../etc"), false),
+            ("parent", link("../pre-1/../../x"), false),
+            ("other", link("../pre-1"), false),
+            ("d", Kind::Dir, false),
+            ("d/x.img", Kind::File { size: 0 }, false),
+            ("fifo", Kind::Fifo, false),
+        ] {
+            assert_eq!(receiver.make(&entry(path, kind)).is_ok(), fine, "{path}");
+        }
     }
 
     #[test]

@@ -59,18 +59,12 @@ pub(crate) enum Place {
     Images { container: String, set: String },
 }
 
-/// How a container of the pod is to go on.
+/// What a container goes on with beside its images and files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Goes {
-    /// It runs, from its images.
-    On {
-        /// Length of what it has not read of its stdin; data frames follow the message.
-        stdin: u64,
-        stdin_closed: bool,
-    },
-    /// It had ended.
-    Ended { status: u32, unix_ms: u64 },
+pub(crate) struct Goes {
+    /// Length of what it has not read of its stdin; data frames follow the message.
+    pub stdin: u64,
+    pub stdin_closed: bool,
 }
 
 /// How an attempt ended on the target.
@@ -111,9 +105,10 @@ pub(crate) enum Message {
     /// Source: the tree is whole.
     End,
     /// Source: all is there; run it. The pod's record and the stdins follow as data, in
-    /// this order. From here on only the target knows where the pod runs.
+    /// this order, and `End`. From here on only the target knows where the pod runs.
     Commit {
         pod: u64,
+        tcp_established: bool,
         containers: BTreeMap<String, Goes>,
     },
     /// Target: the end.
