@@ -1,6 +1,6 @@
 //! A container of a machine pod: its root on the host's side, its processes in the guest.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,10 +12,12 @@ use dyad_runtime_handler::handler::{Instance, ProcessId};
 use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, Stdio};
 use dyad_runtime_handler::stats::Stats;
 use log::{debug, warn};
+use oci_spec::runtime::{Mount, Spec};
 use tokio::task::JoinHandle;
 
 use crate::guest::Agent;
 use crate::machine::Machine;
+use crate::migrate::offer::{Position, Traveller};
 use crate::seccomp::{self, Filter};
 use crate::storage::{apply as storage, plan as storage_plan};
 use crate::volumes::plan::{Copy, How, Termination, VOLUMES, VolumePlan};
@@ -32,16 +34,64 @@ const KILL_PATIENCE: Duration = Duration::from_secs(10);
 pub struct Container {
     machine: Arc<Machine>,
     id: String,
-    options: CreateOptions,
-    copies: Vec<Copy>,
-    termination: Option<Termination>,
+    /// Kubernetes' name, by which it is the same on both sides of a migration.
+    name: String,
+    image: PathBuf,
+    parts: Parts,
     state: Mutex<State>,
 }
 
-#[derive(Default)]
+/// What it is made from, whatever the guest calls it.
+struct Parts {
+    /// Adapted to the guest but for its mounts.
+    oci: Spec,
+    mounts: Vec<Mount>,
+    filter: Filter,
+    readonly_root: bool,
+}
+
+/// What it is in the guest.
+struct Made {
+    /// The guest's id for it: its own, or where it arrived by migration, the source's.
+    guest_id: String,
+    options: CreateOptions,
+    copies: Vec<Copy>,
+    termination: Option<Termination>,
+}
+
 struct State {
     phase: Phase,
     sync: Option<JoinHandle<()>>,
+    made: Arc<Made>,
+    /// Its stdio until it arrives.
+    waiting: Option<Stdio>,
+}
+
+impl Parts {
+    fn make(&self, guest_id: &str, serial: &str) -> Result<Made> {
+        let VolumePlan {
+            mounts,
+            copies,
+            termination,
+        } = volume_plan::plan(guest_id, &self.mounts, copy::look)?;
+        let mut oci = self.oci.clone();
+        oci.set_mounts(Some(mounts));
+        let options = CreateOptions {
+            spec_json: serde_json::to_vec(&oci)
+                .context(|| "write the container's spec for the guest".into())?,
+            seccomp_filter: self.filter.program.clone(),
+            seccomp_flags: self.filter.flags,
+            root_disk_serial: serial.to_owned(),
+            readonly_root: self.readonly_root,
+            ..Default::default()
+        };
+        Ok(Made {
+            guest_id: guest_id.to_owned(),
+            options,
+            copies,
+            termination,
+        })
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -62,12 +112,8 @@ impl Container {
     pub async fn create(machine: Arc<Machine>, spec: ContainerSpec) -> Result<Arc<Self>> {
         let mut guest = crate::spec::container(spec.oci)?;
         let mounts = guest.oci.mounts().clone().unwrap_or_default();
-        let VolumePlan {
-            mounts,
-            copies,
-            termination,
-        } = volume_plan::plan(&spec.id, &mounts, copy::look)?;
-        guest.oci.set_mounts(Some(mounts));
+        // What a machine cannot honour is refused before anything is made.
+        volume_plan::plan(&spec.id, &mounts, copy::look)?;
         let root = storage_plan::plan(&spec.rootfs, &spec.bundle.join("rootfs"))
             .map_err(|error| Error::InvalidArgument(error.to_string()))?;
 
@@ -83,40 +129,109 @@ impl Container {
             flags: 0,
         });
 
-        machine.ready().await?;
-        let root_disk_serial = machine.plug(&image).await?;
-        let options = CreateOptions {
-            spec_json: serde_json::to_vec(&guest.oci)
-                .context(|| "write the container's spec for the guest".into())?,
-            seccomp_filter: filter.program,
-            seccomp_flags: filter.flags,
-            root_disk_serial,
+        let parts = Parts {
+            oci: guest.oci,
+            mounts,
+            filter,
             readonly_root: guest.readonly_root,
-            ..Default::default()
         };
+        let waits = machine.is_waiting();
+        let serial = if waits {
+            image.key.clone()
+        } else {
+            machine.ready().await?;
+            machine.plug(&image).await?
+        };
+        let made = Arc::new(parts.make(&spec.id, &serial)?);
+        let mut stdio = Some(spec.stdio);
         let container = Arc::new(Self {
             machine,
             id: spec.id,
-            options,
-            copies,
-            termination,
-            state: Mutex::default(),
+            name: spec.name,
+            image: image.file,
+            parts,
+            state: Mutex::new(State {
+                phase: Phase::Created,
+                sync: None,
+                made: Arc::clone(&made),
+                waiting: if waits { stdio.take() } else { None },
+            }),
         });
-        let options = container.options.clone();
-        container.make(spec.stdio, options).await?;
+        let machine = &container.machine;
+        machine.name_container(&container.name, &container);
+        match stdio {
+            Some(stdio) => container.make(stdio, made.options.clone()).await?,
+            None => {
+                machine
+                    .offer_container(&container.name, container.image.clone(), false)
+                    .await?;
+            }
+        }
         Ok(container)
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Its image's file.
+    pub fn image_file(&self) -> PathBuf {
+        self.image.clone()
+    }
+
+    /// The serial by which the guest knows its image.
+    pub fn image_serial(&self) -> String {
+        self.made().options.root_disk_serial.clone()
+    }
+
+    /// The guest's id for it.
+    pub fn guest_id(&self) -> String {
+        self.made().guest_id.clone()
+    }
+
+    fn made(&self) -> Arc<Made> {
+        Arc::clone(&self.lock().made)
+    }
+
+    /// It has come with its machine: goes on from where its source's host stopped.
+    ///
+    /// # Errors
+    /// The guest does not know it, or its agent does not answer.
+    pub async fn arrive(self: &Arc<Self>, came: &Traveller, known: &[Position]) -> Result<()> {
+        let made = Arc::new(self.parts.make(&came.guest_id, &came.serial)?);
+        let stdio = {
+            let mut state = self.lock();
+            state.made = Arc::clone(&made);
+            state.phase = Phase::Started;
+            state.waiting.take().unwrap_or_default()
+        };
+        let agent = self.machine.agent();
+        let process = ProcessId::init(&self.id);
+        self.machine.started(process.clone());
+        agent.adopt(&made.guest_id, None, stdio, known).await?;
+        self.watch_end(agent.clone(), process);
+        self.keep_in_sync(agent);
+        Ok(())
     }
 
     /// Puts the volumes and the container into the guest, and waits for its end.
     async fn make(self: &Arc<Self>, stdio: Stdio, options: CreateOptions) -> Result<()> {
         let agent = self.machine.agent();
-        self.put(&agent, self.copies.clone(), Vec::new()).await?;
+        let made = self.made();
+        self.put(&agent, made.copies.clone(), Vec::new()).await?;
         let process = ProcessId::init(&self.id);
-        agent.create(&self.id, stdio, options).await?;
+        agent.create(&made.guest_id, stdio, options).await?;
         self.machine.started(process.clone());
         self.watch_end(agent.clone(), process);
+        self.keep_in_sync(agent);
+        Ok(())
+    }
+
+    /// What changes in its volumes on the host changes in the guest.
+    fn keep_in_sync(self: &Arc<Self>, agent: Agent) {
         let container = Arc::downgrade(self);
-        let syncing = sync::watch(self.copies.clone(), move |changed| {
+        let syncing = sync::watch(self.made().copies.clone(), move |changed| {
             let container = container.clone();
             let agent = agent.clone();
             async move {
@@ -129,7 +244,6 @@ impl Container {
             Ok(task) => self.lock().sync = Some(tokio::spawn(task)),
             Err(error) => warn!("container {}: {}", self.id, error.chain()),
         }
-        Ok(())
     }
 
     async fn put(&self, agent: &Agent, copies: Vec<Copy>, prune: Vec<String>) -> Result<()> {
@@ -163,9 +277,10 @@ impl Container {
     /// Tells the end of a process, once; a machine that ends first has told it already.
     fn watch_end(self: &Arc<Self>, agent: Agent, process: ProcessId) {
         let container = Arc::clone(self);
+        let guest_id = self.guest_id();
         tokio::spawn(async move {
             match agent
-                .wait(&process.container, process.exec.as_deref())
+                .wait(&guest_id, process.exec.as_deref())
                 .await
             {
                 Ok(exit) => {
@@ -180,7 +295,8 @@ impl Container {
     }
 
     async fn save_termination(&self, agent: &Agent) {
-        let Some(termination) = &self.termination else {
+        let made = self.made();
+        let Some(termination) = &made.termination else {
             return;
         };
         let saved = async {
@@ -199,14 +315,15 @@ impl Container {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn stop_syncing(&self) {
+    /// Leaves its volumes in the guest as they are.
+    pub fn stop_syncing(&self) {
         if let Some(task) = self.lock().sync.take() {
             task.abort();
         }
     }
 
     async fn run(&self, exec: Option<&str>) -> Result<u32> {
-        self.machine.agent().start(&self.id, exec).await?;
+        self.machine.agent().start(&self.guest_id(), exec).await?;
         self.machine
             .pid()
             .ok_or_else(|| Error::FailedPrecondition("the machine is powered off".into()))
@@ -220,17 +337,25 @@ pub struct ContainerInstance(pub Arc<Container>);
 impl Instance for ContainerInstance {
     async fn start(&self, stdio: Option<Stdio>) -> Result<u32> {
         let container = &self.0;
+        if container.machine.is_waiting() {
+            container.lock().phase = Phase::Started;
+            container
+                .machine
+                .offer_container(&container.name, container.image.clone(), true)
+                .await?;
+            return Ok(std::process::id());
+        }
         if container.lock().phase == Phase::Started {
             // Again, in the same bundle: a new process from the same parts.
             container.stop_syncing();
             container.machine.ready().await?;
             let agent = container.machine.agent();
-            if !agent.drained(&container.id, None, DRAIN).await {
+            if !agent.drained(&container.guest_id(), None, DRAIN).await {
                 warn!("container {}: output is lost", container.id);
             }
             let again = CreateOptions {
                 again: true,
-                ..container.options.clone()
+                ..container.made().options.clone()
             };
             container.make(stdio.unwrap_or_default(), again).await?;
         }
@@ -257,7 +382,7 @@ impl Instance for ContainerInstance {
         container
             .machine
             .agent()
-            .kill(&container.id, exec, signal, all)
+            .kill(&container.guest_id(), exec, signal, all)
             .await
     }
 
@@ -283,16 +408,16 @@ impl Instance for ContainerInstance {
     }
 
     async fn pause(&self) -> Result<()> {
-        self.0.machine.agent().pause(&self.0.id).await
+        self.0.machine.agent().pause(&self.0.guest_id()).await
     }
 
     async fn resume(&self) -> Result<()> {
-        self.0.machine.agent().resume(&self.0.id).await
+        self.0.machine.agent().resume(&self.0.guest_id()).await
     }
 
     async fn exec(&self, mut spec: ExecSpec) -> Result<()> {
         crate::spec::process(&mut spec.process)?;
-        self.0.machine.agent().exec(&self.0.id, spec).await
+        self.0.machine.agent().exec(&self.0.guest_id(), spec).await
     }
 
     async fn start_exec(&self, exec_id: &str) -> Result<u32> {
@@ -310,22 +435,23 @@ impl Instance for ContainerInstance {
 
     async fn delete_exec(&self, exec_id: &str) -> Result<()> {
         let agent = self.0.machine.agent();
-        if !agent.drained(&self.0.id, Some(exec_id), DRAIN).await {
+        let guest_id = self.0.guest_id();
+        if !agent.drained(&guest_id, Some(exec_id), DRAIN).await {
             warn!("exec {exec_id} of container {}: output is lost", self.0.id);
         }
         if self.0.machine.is_off() {
             return Ok(());
         }
-        agent.delete(&self.0.id, Some(exec_id)).await
+        agent.delete(&guest_id, Some(exec_id)).await
     }
 
     async fn resize(&self, exec: Option<&str>, width: u16, height: u16) -> Result<()> {
         let agent = self.0.machine.agent();
-        agent.resize(&self.0.id, exec, width, height).await
+        agent.resize(&self.0.guest_id(), exec, width, height).await
     }
 
     async fn close_stdin(&self, exec: Option<&str>) -> Result<()> {
-        self.0.machine.agent().close_stdin(&self.0.id, exec)
+        self.0.machine.agent().close_stdin(&self.0.guest_id(), exec)
     }
 
     async fn pids(&self) -> Result<Vec<(u32, Option<String>)>> {
@@ -333,19 +459,24 @@ impl Instance for ContainerInstance {
     }
 
     async fn stats(&self) -> Result<Stats> {
-        self.0.machine.agent().stats(&self.0.id).await
+        self.0.machine.agent().stats(&self.0.guest_id()).await
     }
 
     async fn update(&self, resources: &Resources) -> Result<()> {
         let agent = self.0.machine.agent();
-        agent.update(&self.0.id, &resources.linux).await
+        agent.update(&self.0.guest_id(), &resources.linux).await
     }
 
     async fn delete(&self) -> Result<()> {
         let container = &self.0;
         container.stop_syncing();
+        if container.machine.is_waiting() {
+            container.machine.withdraw_container(&container.name).await;
+            return Ok(());
+        }
+        let made = container.made();
         let agent = container.machine.agent();
-        if !agent.drained(&container.id, None, DRAIN).await {
+        if !agent.drained(&made.guest_id, None, DRAIN).await {
             warn!("container {}: output is lost", container.id);
         }
         let process = ProcessId::init(&container.id);
@@ -353,10 +484,10 @@ impl Instance for ContainerInstance {
             container.machine.withdrawn(&process);
             return Ok(());
         }
-        agent.delete(&container.id, None).await?;
+        agent.delete(&made.guest_id, None).await?;
         container.machine.withdrawn(&process);
-        if !container.copies.is_empty() {
-            let own = Path::new(VOLUMES).join(&container.id);
+        if !made.copies.is_empty() {
+            let own = Path::new(VOLUMES).join(&made.guest_id);
             let prune = vec![own.to_string_lossy().into_owned()];
             if let Err(error) = container.put(&agent, Vec::new(), prune).await {
                 debug!("remove the volumes of {}: {}", container.id, error.chain());

@@ -11,7 +11,11 @@ use dyad_runtime_handler::error::Result;
 use dyad_runtime_handler::handler::{
     ContainerRef, EventSender, Instance, MachineInfo, RuntimeHandler,
 };
+use dyad_runtime_handler::migration::{
+    Arrival, Hurry, Migration, MigrationParameters, MigrationProgress, Sent,
+};
 use dyad_runtime_handler::spec::{ContainerSpec, Role};
+use tokio::sync::watch;
 
 use crate::container::{Container, ContainerInstance};
 use crate::libvirt::Libvirt;
@@ -118,8 +122,16 @@ impl RuntimeHandler for Machines {
         if !folder.exists() {
             return Ok(());
         }
-        let record = folder.load()?.unwrap_or(bare);
+        let mut record = folder.load()?.unwrap_or(bare);
+        if record.leaving && machine::left(&self.libvirt, &record).await {
+            record.moved = true;
+            folder.save(&record)?;
+        }
         machine::remove(&self.libvirt, &folder, &record).await
+    }
+
+    fn migration(&self) -> Result<&dyn Migration> {
+        Ok(self)
     }
 
     fn machine(&self) -> Option<MachineInfo> {
@@ -131,5 +143,40 @@ impl RuntimeHandler for Machines {
             .current()
             .ok_or_else(|| Error::FailedPrecondition("the pod's machine is not made yet".into()))?;
         machine.console()
+    }
+}
+
+impl Machines {
+    fn to_move(&self) -> Result<Arc<Machine>> {
+        self.current()
+            .ok_or_else(|| Error::FailedPrecondition("the pod's machine is not made yet".into()))
+    }
+}
+
+#[async_trait]
+impl Migration for Machines {
+    async fn check(&self, parameters: &MigrationParameters) -> Result<()> {
+        self.to_move()?.check_migration(parameters).await
+    }
+
+    async fn send(
+        &self,
+        parameters: &MigrationParameters,
+        pod: Vec<u8>,
+        progress: watch::Sender<MigrationProgress>,
+    ) -> Result<Sent> {
+        self.to_move()?.send(parameters, pod, progress).await
+    }
+
+    async fn cancel(&self) -> Result<()> {
+        self.to_move()?.cancel_migration().await
+    }
+
+    async fn hurry(&self, how: Hurry) -> Result<()> {
+        self.to_move()?.hurry_migration(how).await
+    }
+
+    async fn receive(&self) -> Result<Arrival> {
+        self.to_move()?.receive().await
     }
 }

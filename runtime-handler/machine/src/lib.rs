@@ -19,6 +19,7 @@ mod handler;
 pub mod host;
 pub mod libvirt;
 mod machine;
+pub mod migrate;
 pub mod network;
 pub mod record;
 mod sandbox;

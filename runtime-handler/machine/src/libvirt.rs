@@ -13,7 +13,12 @@
 //! is already so succeeds; a call that finds libvirtd restarted is made once more on the
 //! new connection.
 
+mod migrate;
+
+pub use migrate::{Job, JobFigures, Of};
+
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use dyad_runtime_handler::Error;
@@ -698,24 +703,33 @@ fn register_event(
     Ok(())
 }
 
-/// QEMU's pid, found by the UUID on its command line: libvirt does not tell it, and its
-/// pid file may lie in another mount namespace.
+/// QEMU's pid, found by the UUID and the pod's disk on its command line: libvirt does not
+/// tell it, and its pid file may lie in another mount namespace. While a machine migrates
+/// between two nodes of one host, both have the UUID.
 ///
 /// # Errors
 /// `/proc` cannot be read, or no such process is there.
-pub fn find_qemu(uuid: Uuid) -> std::io::Result<u32> {
+pub fn find_qemu(uuid: Uuid, disk: &Path) -> std::io::Result<u32> {
     let mut pids: Vec<u32> = std::fs::read_dir("/proc")?
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .collect();
     // It was started a moment ago.
     pids.sort_unstable_by(|a, b| b.cmp(a));
-    let found = pids.into_iter().find(|pid| is_qemu(*pid, uuid));
+    let found = pids
+        .into_iter()
+        .find(|pid| is_qemu(*pid, uuid) && names(*pid, disk));
     found.ok_or_else(|| {
         std::io::Error::new(
             std::io::ErrorKind::NotFound,
             format!("no QEMU process has UUID {uuid}"),
         )
     })
+}
+
+fn names(pid: u32, path: &Path) -> bool {
+    let wanted = path.as_os_str().as_encoded_bytes();
+    std::fs::read(format!("/proc/{pid}/cmdline"))
+        .is_ok_and(|line| line.windows(wanted.len()).any(|part| part == wanted))
 }
 
 fn is_qemu(pid: u32, uuid: Uuid) -> bool {

@@ -10,24 +10,27 @@
 //! `libvirt` owns the domain and is believed: power changes here only when its events say
 //! so. Whatever ends the machine ends every process in it, with the same status.
 //! Rooms: [`prepare`] (before there is one), [`boot`], [`power`], [`processes`],
-//! [`images`] (and the agent).
+//! [`images`] (and the agent), [`leaving`] and [`arriving`] (migration).
 
+mod arriving;
 mod boot;
 mod images;
+mod leaving;
 mod power;
 mod prepare;
 mod processes;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::cgroup::Hierarchies;
-use dyad_runtime_handler::config::MachineConfig;
+use dyad_runtime_handler::config::{MachineConfig, annotation};
 use dyad_runtime_handler::error::{Context, Result};
 use dyad_runtime_handler::handler::{EventSender, MachineInfo, ProcessId};
+use dyad_runtime_handler::migration;
 use dyad_runtime_handler::spec::ContainerSpec;
 use dyad_runtime_handler::stats::Stats;
 use log::{debug, info, warn};
@@ -36,19 +39,28 @@ use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::container::Container;
 use crate::domain::{Accelerator, AgentChannel, DomainPlan, Nic, PodDisk, Size, domain_name};
-use crate::events::Ending;
+use crate::events::{Ending, Observed};
 use crate::guest::Agent;
 use crate::libvirt::Libvirt;
+use crate::migrate::offer::Offer;
 use crate::network::plan::NetworkPlan;
 use crate::network::{apply as network, plan as network_plan};
-use crate::record::{Folder, Record};
+use crate::record::{Folder, Record, machine_uuid};
 use crate::spec::SandboxSpec;
 use crate::storage::apply::{self as storage, QemuUser};
 use crate::{Paths, accelerator, cgroup, host, size};
+use arriving::Arriving;
 use images::connect;
 use prepare::{check_readable, check_socket_path, choose_channel, host_size, make_folders, title};
 
+/// A migration without its shim may take this long: `delete` has four seconds.
+const DEAD_SHIM_PATIENCE: std::time::Duration = std::time::Duration::from_millis(2000);
+/// What giving it up may take.
+const STANDSTILL: std::time::Duration = std::time::Duration::from_millis(700);
+/// libvirt tells only when asked.
+const DEAD_SHIM_LOOKS: std::time::Duration = std::time::Duration::from_millis(50);
 /// The guest finds the pod's disk by this.
 const POD_DISK_SERIAL: &str = "dyad-pod";
 
@@ -94,7 +106,7 @@ pub struct Machine {
     accelerator: Accelerator,
     /// The guest's `uname -r`, once it told.
     kernel_release: Mutex<String>,
-    network: NetworkPlan,
+    network: Mutex<NetworkPlan>,
     sandbox: SandboxSpec,
     power: watch::Sender<Power>,
     /// Started processes that have not ended.
@@ -105,6 +117,22 @@ pub struct Machine {
     /// The signal that we ended it with.
     ended_by: Mutex<Option<i32>>,
     watcher: Mutex<Option<JoinHandle<()>>>,
+    /// The pod's containers by Kubernetes' name: so a migration knows them.
+    containers: Mutex<BTreeMap<String, Weak<Container>>>,
+    /// How far it is as a migration's target.
+    arriving: watch::Sender<Arriving>,
+    /// What it has ready as such.
+    offer: tokio::sync::Mutex<Option<Offer>>,
+    /// It is being migrated away.
+    leaving: AtomicBool,
+    /// So, and somebody wants that given up.
+    give_up: AtomicBool,
+    /// So, and it has been told to run over there.
+    post_copy: AtomicBool,
+    /// It runs elsewhere.
+    moved: AtomicBool,
+    /// The guest's last event that was told.
+    events_after: AtomicU64,
     deleted: AtomicBool,
 }
 
@@ -128,8 +156,26 @@ impl Machine {
         spec: &ContainerSpec,
     ) -> Result<Arc<Self>> {
         let sandbox = crate::spec::sandbox(&spec.oci)?;
-        let record = Record::new(&spec.containerd_namespace, &spec.pod.sandbox_id);
+        let mut record = Record::new(&spec.containerd_namespace, &spec.pod.sandbox_id);
         let folder = Folder::new(&paths.state_dir, &paths.cache_dir, record.uuid);
+        if let Some(source) = migration::source_of(&spec.pod) {
+            // The machine keeps its name wherever it goes; the folder is the pod's.
+            record.uuid = source.parse().map_err(|error| {
+                Error::InvalidArgument(format!(
+                    "annotation {} {source:?}: {error}; it names the source's machine, as dyadctl \
+                     state tells its uuid",
+                    annotation::MIGRATION_SOURCE
+                ))
+            })?;
+            if libvirt.state(record.uuid).await? != Observed::Absent {
+                return Err(Error::FailedPrecondition(format!(
+                    "annotation {}: machine {} is known to this node's libvirt already; a machine \
+                     migrates to another node",
+                    annotation::MIGRATION_SOURCE,
+                    record.uuid
+                )));
+            }
+        }
         let made = Self::build(
             config,
             paths.clone(),
@@ -164,6 +210,8 @@ impl Machine {
         folder: Folder,
     ) -> Result<Arc<Self>> {
         let uuid = record.uuid;
+        let pod = machine_uuid(&record.containerd_namespace, &record.sandbox_id);
+        let waits = migration::source_of(&spec.pod).is_some();
         let wanted = size::plan(
             &config,
             &sandbox.annotations,
@@ -185,7 +233,7 @@ impl Machine {
         let network = match &sandbox.netns {
             Some(netns) => {
                 let found = network::read(netns).await?;
-                network_plan::plan(uuid, &found.links, &found.addresses, &found.routes)
+                network_plan::plan(pod, &found.links, &found.addresses, &found.routes)
                     .map_err(|error| Error::FailedPrecondition(error.to_string()))?
             }
             None => NetworkPlan::default(),
@@ -201,9 +249,11 @@ impl Machine {
         make_folders(&paths, &folder, capabilities.qemu_user)?;
         storage::check_on_disk(&folder.dir)?;
         folder.save(&record)?;
-        storage::pod_disk(folder.disk(), wanted.disk_gib, capabilities.qemu_user).await?;
+        // A target's is filled by its source.
+        let format = !waits;
+        storage::pod_disk(folder.disk(), wanted.disk_gib, capabilities.qemu_user, format).await?;
 
-        let channel = choose_channel(config.channel, &folder, uuid)?;
+        let channel = choose_channel(config.channel, &folder, pod)?;
         let plan = DomainPlan {
             uuid,
             title: title(spec),
@@ -240,13 +290,18 @@ impl Machine {
             "machine {uuid} for {}: {} vCPUs, {} MiB, {accelerator:?}",
             plan.title, wanted.size.vcpus, wanted.size.memory_mib
         );
+        let agent = connect(&channel);
+        if waits {
+            // Nobody speaks to the guest before it runs here.
+            agent.close();
+        }
         let machine = Arc::new(Self {
             config,
             paths,
             record,
             folder,
             libvirt,
-            agent: Mutex::new(connect(&channel)),
+            agent: Mutex::new(agent),
             channel,
             events,
             qemu_user: capabilities.qemu_user,
@@ -254,18 +309,38 @@ impl Machine {
             cpu_shares: wanted.cpu_shares,
             accelerator,
             kernel_release: Mutex::default(),
-            network,
+            network: Mutex::new(network),
             sandbox,
             power: watch::Sender::new(Power::Off(None)),
             running: Mutex::default(),
             images: tokio::sync::Mutex::default(),
             ended_by: Mutex::default(),
             watcher: Mutex::default(),
+            containers: Mutex::default(),
+            arriving: watch::Sender::new(if waits {
+                Arriving::Waiting
+            } else {
+                Arriving::No
+            }),
+            offer: tokio::sync::Mutex::default(),
+            leaving: AtomicBool::new(false),
+            give_up: AtomicBool::new(false),
+            post_copy: AtomicBool::new(false),
+            moved: AtomicBool::new(false),
+            events_after: AtomicU64::new(0),
             deleted: AtomicBool::new(false),
         });
         let watcher = tokio::spawn(Self::follow(Arc::downgrade(&machine), changes));
         *lock(&machine.watcher) = Some(watcher);
-        if let Err(error) = machine.power_on().await {
+        let begun = if waits {
+            let offer = machine.first_offer(plan.kernel, plan.initramfs, plan.title);
+            let published = machine.publish(&offer).await;
+            *machine.offer.lock().await = Some(offer);
+            published
+        } else {
+            machine.power_on().await
+        };
+        if let Err(error) = begun {
             machine.stop_following();
             return Err(error);
         }
@@ -349,7 +424,10 @@ impl Machine {
         }
         self.stop_following();
         self.agent().close();
-        remove(&self.libvirt, &self.folder, &self.record).await?;
+        let mut record = self.record.clone();
+        record.moved = self.moved.load(Ordering::Relaxed);
+        self.arriving.send_replace(Arriving::No);
+        remove(&self.libvirt, &self.folder, &record).await?;
         self.deleted.store(true, Ordering::Relaxed);
         Ok(())
     }
@@ -357,6 +435,36 @@ impl Machine {
     /// Whether [`Self::delete`] has done its work.
     pub fn is_deleted(&self) -> bool {
         self.deleted.load(Ordering::Relaxed)
+    }
+}
+
+/// Of a machine whose shim died while it was being migrated away: waits a little for the
+/// migration's end, then gives it up. Says whether the machine has left.
+pub async fn left(libvirt: &Libvirt, record: &Record) -> bool {
+    let uuid = record.uuid;
+    let began = std::time::Instant::now();
+    let mut asked = false;
+    loop {
+        match libvirt.state(uuid).await {
+            Ok(Observed::Off(Ending::Migrated) | Observed::Absent) => return true,
+            Ok(_) => {}
+            Err(error) => {
+                debug!("{}", Error::from(error).chain());
+                return false;
+            }
+        }
+        let under_way = libvirt.job(uuid).await.is_ok_and(|figures| figures.active);
+        if !under_way || began.elapsed() > DEAD_SHIM_PATIENCE + STANDSTILL {
+            return false;
+        }
+        if began.elapsed() > DEAD_SHIM_PATIENCE && !asked {
+            asked = true;
+            info!("machine {uuid}: its shim is dead; giving its migration up");
+            if let Err(error) = libvirt.abort_job(uuid).await {
+                debug!("{}", Error::from(error).chain());
+            }
+        }
+        tokio::time::sleep(DEAD_SHIM_LOOKS).await;
     }
 }
 
@@ -374,8 +482,10 @@ pub async fn remove(libvirt: &Libvirt, folder: &Folder, record: &Record) -> Resu
             first.get_or_insert(error);
         }
     };
-    note(libvirt.destroy(uuid).await.map_err(Error::from));
-    note(libvirt.undefine(uuid).await.map_err(Error::from));
+    if !record.moved {
+        note(libvirt.destroy(uuid).await.map_err(Error::from));
+        note(libvirt.undefine(uuid).await.map_err(Error::from));
+    }
     for (_, tap) in &record.taps {
         note(network::remove_tap(tap).await);
     }

@@ -42,6 +42,12 @@ pub struct Record {
     pub taps: Vec<(String, String)>,
     /// As in the sandbox's spec.
     pub cgroups_path: Option<String>,
+    /// It is being migrated away: whether it runs here is libvirt's to say.
+    #[serde(default)]
+    pub leaving: bool,
+    /// It runs on another node. What libvirt has under its UUID is not ours any more.
+    #[serde(default)]
+    pub moved: bool,
 }
 
 impl Record {
@@ -55,6 +61,8 @@ impl Record {
             netns: None,
             taps: Vec::new(),
             cgroups_path: None,
+            leaving: false,
+            moved: false,
         }
     }
 }

@@ -41,6 +41,10 @@ impl Sandbox {
 #[async_trait]
 impl Instance for Sandbox {
     async fn start(&self, _stdio: Option<Stdio>) -> Result<u32> {
+        if self.machine.is_waiting() {
+            // There is no QEMU yet; who keeps the pod until then is this process.
+            return Ok(std::process::id());
+        }
         self.machine.power_on().await?;
         let pid = match self.machine.ready().await {
             Ok(pid) => pid,

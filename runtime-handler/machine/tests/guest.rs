@@ -548,7 +548,7 @@ async fn a_second_host_process_takes_over_the_streams() {
         stderr: reopen("out-2"),
         terminal: false,
     };
-    second.adopt("out", None, stdio).await.unwrap();
+    second.adopt("out", None, stdio, &[]).await.unwrap();
     got.extend(read_exactly(&ends.stdout, expected.len() - got.len()).await);
     assert!(got == expected, "bytes were lost or doubled");
     ends.stdin.write_all(b"for the second").await.unwrap();

@@ -28,7 +28,7 @@ pub use dyad_agent_api::proto::agent::{
 };
 use dyad_agent_api::proto::agent::{
     GetFileRequest, GetFileResponse, PutFilesResponse, ResourcesRequest, ResourcesResponse,
-    ShutdownRequest, ShutdownResponse, StreamsRequest, StreamsResponse, WaitEventsRequest,
+    ShutdownRequest, ShutdownResponse, StreamState, StreamsRequest, StreamsResponse, WaitEventsRequest,
     WaitEventsResponse, guest_event,
 };
 use dyad_agent_api::protobuf::well_known_types::any::Any;
@@ -43,9 +43,11 @@ use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::handler::{Exit, ProcessId};
 use dyad_runtime_handler::spec::{ExecSpec, Stdio};
 use dyad_runtime_handler::stats::Stats;
+use log::debug;
 use oci_spec::runtime::LinuxResources;
 
 use self::stdio::Pump;
+use crate::migrate::offer::Position;
 
 const TASK: &str = "containerd.task.v3.Task";
 const SANDBOX: &str = "dyad.agent.v1.Sandbox";
@@ -70,6 +72,8 @@ struct Inner {
     client: Client,
     /// The running stdio of every process that is not deleted.
     pumps: Mutex<HashMap<ProcessId, Arc<Pump>>>,
+    /// Those of execs that nobody here started.
+    unattended: Mutex<Vec<Pump>>,
 }
 
 /// Something that happened in the guest, not asked for.
@@ -96,7 +100,11 @@ impl Agent {
     pub fn new(client: Client) -> Self {
         let pumps = Mutex::default();
         Self {
-            inner: Arc::new(Inner { client, pumps }),
+            inner: Arc::new(Inner {
+                client,
+                pumps,
+                unattended: Mutex::default(),
+            }),
         }
     }
 
@@ -479,24 +487,33 @@ impl Agent {
         Ok(())
     }
 
-    /// Connects the stdio of a process that another host process created: from the
-    /// first byte on that the guest still holds.
+    /// Connects the stdio of a process that another host process created: from where that
+    /// one ended (`known`), or else from the first byte on that the guest still holds.
     ///
     /// # Errors
     /// As for every call.
-    pub async fn adopt(&self, id: &str, exec: Option<&str>, stdio: Stdio) -> Result<()> {
-        let answer: StreamsResponse = self
-            .sandbox("Streams", StreamsRequest::new(), || {
-                "list the guest's streams".into()
-            })
-            .await?;
+    pub async fn adopt(
+        &self,
+        id: &str,
+        exec: Option<&str>,
+        stdio: Stdio,
+        known: &[Position],
+    ) -> Result<()> {
         let mut offsets = Offsets::default();
-        for stream in answer.streams {
+        for stream in self.streams().await? {
             if stream.container_id == id && stream.exec_id == exec.unwrap_or_default() {
+                let known = known.iter().find(|position| {
+                    position.container == id
+                        && position.exec == stream.exec_id
+                        && position.fd == stream.fd
+                });
+                let offset = known.map_or(stream.offset, |position| {
+                    position.offset.clamp(stream.offset, stream.end)
+                });
                 match stream.fd {
                     0 => offsets.stdin = stream.offset,
-                    1 => offsets.stdout = stream.offset,
-                    2 => offsets.stderr = stream.offset,
+                    1 => offsets.stdout = offset,
+                    2 => offsets.stderr = offset,
                     _ => {}
                 }
             }
@@ -504,10 +521,78 @@ impl Agent {
         self.connect(&process_id(id, exec), stdio, offsets)
     }
 
+    /// Reads and drops the output of every exec in these containers: those who started
+    /// them are on another node.
+    ///
+    /// # Errors
+    /// As for every call.
+    pub async fn adopt_unattended(&self, containers: &[String]) -> Result<()> {
+        for stream in self.streams().await? {
+            let counts = containers.contains(&stream.container_id)
+                && !stream.exec_id.is_empty()
+                && stream.fd != 0;
+            if !counts {
+                continue;
+            }
+            let fd = if stream.fd == 1 {
+                StdFd::Stdout
+            } else {
+                StdFd::Stderr
+            };
+            let process = ProcessId::exec(&stream.container_id, &stream.exec_id);
+            let key = StreamKey::new(&stream.container_id, Some(&stream.exec_id), fd);
+            let reader = self.inner.client.output(key, stream.offset);
+            let mut pump = Pump::default();
+            pump.discard(reader);
+            self.unattended().push(pump);
+            debug!("{process} goes on unattended");
+        }
+        Ok(())
+    }
+
+    /// Ends the link for good, and tells how far each output came: all below that is in
+    /// its FIFO, at most `within` after this.
+    pub async fn hand_over(&self, within: Duration) -> Vec<Position> {
+        self.inner.client.close();
+        let pumps: Vec<Arc<Pump>> = self.pumps().values().cloned().collect();
+        let drained = pumps.iter().map(|pump| pump.drained(within));
+        futures::future::join_all(drained).await;
+        let positions = pumps
+            .iter()
+            .flat_map(|pump| pump.positions().collect::<Vec<_>>())
+            .map(|(key, offset)| Position {
+                container: key.container_id.clone(),
+                exec: key.exec_id.clone().unwrap_or_default(),
+                fd: u32::from(key.fd.number()),
+                offset,
+            })
+            .collect();
+        self.pumps().clear();
+        positions
+    }
+
+    async fn streams(&self) -> Result<Vec<StreamState>> {
+        let answer: StreamsResponse = self
+            .sandbox("Streams", StreamsRequest::new(), || {
+                "list the guest's streams".into()
+            })
+            .await?;
+        Ok(answer.streams)
+    }
+
+    fn unattended(&self) -> MutexGuard<'_, Vec<Pump>> {
+        // Nothing panics while it holds the lock.
+        self.inner
+            .unattended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Ends the link: every call under way and every stream fails.
     pub fn close(&self) {
         self.inner.client.close();
         self.pumps().clear();
+        self.unattended().clear();
     }
 
     fn connect_new(&self, process: &ProcessId, stdio: Stdio) -> Result<()> {
@@ -528,11 +613,11 @@ impl Agent {
         }
         if let Some(fifo) = stdio.stdout {
             let reader = client.output(key(StdFd::Stdout), from.stdout);
-            pump.copy(reader, fifo).context(connected)?;
+            pump.copy(reader, from.stdout, fifo).context(connected)?;
         }
         if let Some(fifo) = stdio.stderr.filter(|_| !stdio.terminal) {
             let reader = client.output(key(StdFd::Stderr), from.stderr);
-            pump.copy(reader, fifo).context(connected)?;
+            pump.copy(reader, from.stderr, fifo).context(connected)?;
         }
         self.pumps().insert(process.clone(), Arc::new(pump));
         Ok(())

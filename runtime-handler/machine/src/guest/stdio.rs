@@ -6,9 +6,10 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use dyad_agent_api::link::StreamError;
+use dyad_agent_api::link::{StreamError, StreamKey};
 use dyad_agent_api::link::host::{InputWriter, OutputReader};
 use dyad_runtime_handler::pump::Fd;
 use log::warn;
@@ -24,6 +25,8 @@ pub struct Pump {
     close_stdin: Arc<Notify>,
     /// How many outputs have not come to their end.
     outputs: Arc<watch::Sender<usize>>,
+    /// Below these offsets all of an output is in its FIFO.
+    positions: Vec<(StreamKey, Arc<AtomicU64>)>,
     tasks: JoinSet<()>,
 }
 
@@ -32,6 +35,7 @@ impl Default for Pump {
         Self {
             close_stdin: Arc::default(),
             outputs: Arc::new(watch::Sender::new(0)),
+            positions: Vec::new(),
             tasks: JoinSet::new(),
         }
     }
@@ -53,18 +57,37 @@ impl Pump {
         Ok(())
     }
 
-    /// Carries an output to `fifo`.
+    /// Carries an output, which `from` reads from byte `offset` on, to `fifo`.
     ///
     /// # Errors
     /// The FIFO cannot be polled.
-    pub fn copy(&mut self, from: OutputReader, fifo: OwnedFd) -> io::Result<()> {
+    pub fn copy(&mut self, from: OutputReader, offset: u64, fifo: OwnedFd) -> io::Result<()> {
         let fifo = Fd::new(fifo)?;
         let open = OpenOutput::new(Arc::clone(&self.outputs));
+        let position = Arc::new(AtomicU64::new(offset));
+        self.positions
+            .push((from.key().clone(), Arc::clone(&position)));
         self.tasks.spawn(async move {
             let _open = open;
-            copy(from, &fifo).await;
+            copy(from, &fifo, &position).await;
         });
         Ok(())
+    }
+
+    /// Reads an output and drops it, so that a process whose reader is gone goes on.
+    pub fn discard(&mut self, mut from: OutputReader) {
+        self.tasks.spawn(async move {
+            while let Ok(Some(chunk)) = from.next().await {
+                from.ack(chunk.end());
+            }
+        });
+    }
+
+    /// How far each output is.
+    pub fn positions(&self) -> impl Iterator<Item = (&StreamKey, u64)> {
+        self.positions
+            .iter()
+            .map(|(key, position)| (key, position.load(Ordering::Relaxed)))
     }
 
     /// Hands over what the FIFO still holds, then closes the process's stdin.
@@ -98,9 +121,9 @@ impl Drop for OpenOutput {
 
 /// Copies until the end of the stream. When nobody can take the bytes any more it goes
 /// on reading, so that the process neither blocks nor dies of what is not its fault.
-async fn copy(mut from: OutputReader, fifo: &Fd) {
+async fn copy(mut from: OutputReader, fifo: &Fd, position: &AtomicU64) {
     let mut taken = true;
-    let mut end = 0;
+    let mut end = position.load(Ordering::Relaxed);
     loop {
         match from.next().await {
             Ok(Some(chunk)) => {
@@ -109,6 +132,7 @@ async fn copy(mut from: OutputReader, fifo: &Fd) {
                     taken = false;
                 }
                 end = chunk.end();
+                position.store(end, Ordering::Relaxed);
                 from.ack(end);
             }
             Ok(None) => return from.ack(end),

@@ -355,7 +355,7 @@ async fn a_next_shim_takes_the_streams_over() {
     ));
 
     let second = new_agent();
-    second.adopt("cat", None, ends.stdio()).await.unwrap();
+    second.adopt("cat", None, ends.stdio(), &[]).await.unwrap();
     ends.type_here.write_all(b"second").await.unwrap();
     second.close_stdin("cat", None).unwrap();
     assert!(second.drained("cat", None, BOUND).await);

@@ -1,6 +1,7 @@
 //! Powering on, and the way from there to a guest that serves.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime};
 
 use dyad_agent_api::proto::agent::{self as proto, SetupRequest};
@@ -62,15 +63,17 @@ impl Machine {
     async fn power_on_here(&self) -> Result<()> {
         let uuid = self.record.uuid;
         self.libvirt.create_paused(uuid).await?;
-        let pid = libvirt::find_qemu(uuid).context(|| format!("find QEMU of domain {uuid}"))?;
+        let pid = libvirt::find_qemu(uuid, &self.folder.disk())
+            .context(|| format!("find QEMU of domain {uuid}"))?;
         if let Some(path) = &self.record.cgroups_path {
             // A machine that was off left it empty, and who tidies up may remove such.
             cgroup::create(path, self.cpu_shares).await?;
             cgroup::place(&Hierarchies::of_host()?.at(path)?, pid)?;
         }
         if let Some(netns) = &self.record.netns {
-            for interface in &self.network.interfaces {
-                let localhost = self.network.localhost.as_ref();
+            let plan = lock(&self.network).clone();
+            for interface in &plan.interfaces {
+                let localhost = plan.localhost.as_ref();
                 let localhost = localhost.filter(|way| way.interface == interface.name);
                 network::wire(netns, interface, localhost).await?;
             }
@@ -124,14 +127,24 @@ impl Machine {
             Power::Off(_) => false,
         });
         if ready {
+            self.events_after.store(0, Ordering::Relaxed);
+            self.watch_guest();
+        }
+    }
+
+    /// Tells what happens in the guest, until the link to it is closed.
+    pub(super) fn watch_guest(self: &Arc<Self>) {
+        {
+            let agent = self.agent();
+            let mut after = self.events_after.load(Ordering::Relaxed);
             let machine = Arc::downgrade(self);
             tokio::spawn(async move {
-                let mut after = 0;
                 while let Ok((last, events)) = agent.events(after).await {
                     let Some(machine) = machine.upgrade() else {
                         return;
                     };
                     after = last;
+                    machine.events_after.store(last, Ordering::Relaxed);
                     for GuestEvent::OutOfMemory { container } in events {
                         // The driver ends with the shim.
                         let _ = machine.events.send(Event::OutOfMemory { container });
@@ -179,7 +192,7 @@ impl Machine {
         }
     }
 
-    fn setup_request(&self) -> SetupRequest {
+    pub(super) fn setup_request(&self) -> SetupRequest {
         let mut entropy = vec![0; ENTROPY_BYTES];
         if let Err(error) = fill_random(&mut entropy) {
             warn!("read the host's randomness: {error}");
@@ -188,13 +201,13 @@ impl Machine {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();
+        let network = lock(&self.network);
         SetupRequest {
             hostname: self.sandbox.hostname.clone(),
             unix_time_ns: u64::try_from(now.as_nanos()).unwrap_or_default(),
             entropy,
             pod_disk_serial: POD_DISK_SERIAL.into(),
-            interfaces: self
-                .network
+            interfaces: network
                 .interfaces
                 .iter()
                 .map(|interface| proto::Interface {
@@ -205,8 +218,7 @@ impl Machine {
                     ..Default::default()
                 })
                 .collect(),
-            routes: self
-                .network
+            routes: network
                 .routes
                 .iter()
                 .map(|route| proto::Route {
@@ -220,8 +232,7 @@ impl Machine {
                     ..Default::default()
                 })
                 .collect(),
-            localhost: self
-                .network
+            localhost: network
                 .localhost
                 .as_ref()
                 .map(|way| proto::Localhost {

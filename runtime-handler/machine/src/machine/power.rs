@@ -1,6 +1,7 @@
 //! What libvirt tells of the machine's power, and taking it away.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use dyad_runtime_handler::Error;
@@ -32,7 +33,12 @@ impl Machine {
             let Some(machine) = machine.upgrade() else {
                 return;
             };
+            if machine.takes_in(change) {
+                continue;
+            }
             match change {
+                // Its end here is a step of the migration, which says what it comes to.
+                Change::Stopped(Ending::Migrated) if machine.leaves() => {}
                 Change::Started => starting = true,
                 Change::Resumed if starting => starting = false,
                 Change::Suspended if starting => {}
@@ -47,6 +53,11 @@ impl Machine {
                 Change::Undefined => {}
             }
         }
+    }
+
+    fn leaves(&self) -> bool {
+        let leaving = self.leaving.load(Ordering::Relaxed);
+        leaving || self.moved.load(Ordering::Relaxed)
     }
 
     pub(super) fn stop_following(&self) {

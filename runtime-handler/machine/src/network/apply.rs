@@ -142,6 +142,33 @@ pub async fn unwire(netns: &Path, interfaces: Vec<String>) -> Result<()> {
     .await
 }
 
+/// Takes the pod's interfaces down for good: the machine that had their addresses answers
+/// elsewhere now.
+///
+/// # Errors
+/// The namespace exists but cannot be joined, or netlink refused.
+pub async fn quiet(netns: &Path, interfaces: Vec<String>) -> Result<()> {
+    if !netns.exists() {
+        return Ok(());
+    }
+    let netns = open_netns(netns)?;
+    in_netns(netns, "take the pod's interfaces down", |handle| async move {
+        for interface in interfaces {
+            if let Some(index) = index_of(&handle, &interface).await? {
+                let down = LinkUnspec::new_with_index(index).down().build();
+                handle
+                    .link()
+                    .set(down)
+                    .execute()
+                    .await
+                    .context(|| format!("take {interface} down"))?;
+            }
+        }
+        Ok(())
+    })
+    .await
+}
+
 /// Removes a link of this process's namespace, if it is there: a tap that was made but
 /// never moved.
 ///

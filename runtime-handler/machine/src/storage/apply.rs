@@ -16,6 +16,9 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
 use super::plan::{LayerIdentity, RootPlan, image_key};
 
+/// Every image's file system has this UUID; nothing looks images up by it.
+const IMAGE_UUID: &str = "64796164-0000-5000-8000-696d61676502";
+
 /// The file and mode of the user that QEMU runs as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QemuUser {
@@ -176,9 +179,10 @@ fn convert(layers: &[PathBuf], dir: &Path, to: &Path, owner: Option<QemuUser>) -
         }
     };
     let _ = std::fs::remove_file(to);
-    // -T: two conversions of one image are equal to the byte.
+    // Two conversions of one image are equal to the byte, also on two nodes: fixed times, and
+    // a fixed UUID where mkfs.erofs would draw one.
     run(Command::new("mkfs.erofs")
-        .args(["-T0", "-d0"])
+        .args(["-T0", "-d0", "-U", IMAGE_UUID])
         .arg(to)
         .arg(&source))
     .context(|| format!("convert the image's root to {}", to.display()))?;
@@ -241,13 +245,19 @@ fn common_parent(layers: &[PathBuf]) -> PathBuf {
     parent
 }
 
-/// Creates the pod's writable disk: sparse, ext4, tables written lazily by the guest.
+/// Creates the pod's writable disk: sparse, and (`format`) ext4, tables written lazily by
+/// the guest.
 ///
 /// # Errors
 /// `mkfs.ext4` is missing or failed; nothing half-made stays.
-pub async fn pod_disk(file: PathBuf, gib: u64, owner: Option<QemuUser>) -> Result<()> {
+pub async fn pod_disk(
+    file: PathBuf,
+    gib: u64,
+    owner: Option<QemuUser>,
+    format: bool,
+) -> Result<()> {
     tokio::task::spawn_blocking(move || {
-        let made = pod_disk_blocking(&file, gib, owner);
+        let made = pod_disk_blocking(&file, gib, owner, format);
         if made.is_err() {
             let _ = std::fs::remove_file(&file);
         }
@@ -257,7 +267,12 @@ pub async fn pod_disk(file: PathBuf, gib: u64, owner: Option<QemuUser>) -> Resul
     .map_err(|error| Error::Unavailable(format!("make the pod's disk: {error}"), None))?
 }
 
-fn pod_disk_blocking(file: &Path, gib: u64, owner: Option<QemuUser>) -> Result<()> {
+fn pod_disk_blocking(
+    file: &Path,
+    gib: u64,
+    owner: Option<QemuUser>,
+    format: bool,
+) -> Result<()> {
     let disk = OpenOptions::new()
         .create(true)
         .truncate(true)
@@ -268,6 +283,9 @@ fn pod_disk_blocking(file: &Path, gib: u64, owner: Option<QemuUser>) -> Result<(
         .context(|| format!("set the mode of {}", file.display()))?;
     disk.set_len(gib << 30)
         .context(|| format!("set the size of {}", file.display()))?;
+    if !format {
+        return set_owner(&disk, file, owner);
+    }
     // No journal: the filesystem does not outlive a crash of the host. Few inodes per group
     // and uninitialised tables keep the file sparse and the call short.
     run(Command::new("mkfs.ext4")
@@ -283,11 +301,50 @@ fn pod_disk_blocking(file: &Path, gib: u64, owner: Option<QemuUser>) -> Result<(
         .arg("lazy_itable_init=1,nodiscard,root_owner=0:0")
         .arg(file))
     .context(|| format!("format {}", file.display()))?;
+    set_owner(&disk, file, owner)
+}
+
+fn set_owner(disk: &File, file: &Path, owner: Option<QemuUser>) -> Result<()> {
     if let Some(owner) = owner {
-        std::os::unix::fs::fchown(&disk, Some(owner.uid), Some(owner.gid))
+        std::os::unix::fs::fchown(disk, Some(owner.uid), Some(owner.gid))
             .context(|| format!("set the owner of {}", file.display()))?;
     }
     Ok(())
+}
+
+/// SHA-256 of an image, in hexadecimal digits. Images never change, so it is kept beside
+/// the file once it is known.
+///
+/// # Errors
+/// The image cannot be read.
+pub async fn digest(image: PathBuf) -> Result<String> {
+    tokio::task::spawn_blocking(move || digest_blocking(&image))
+        .await
+        .map_err(|error| Error::Unavailable(format!("digest of an image: {error}"), None))?
+}
+
+fn digest_blocking(image: &Path) -> Result<String> {
+    use sha2::{Digest as _, Sha256};
+    let kept = image.with_extension("sha256");
+    if let Ok(known) = std::fs::read_to_string(&kept)
+        && known.len() == 64
+    {
+        return Ok(known);
+    }
+    let reading = || format!("read {}", image.display());
+    let mut file = File::open(image).context(reading)?;
+    let mut hash = Sha256::new();
+    io::copy(&mut file, &mut hash).context(reading)?;
+    let digest: String = hash
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    // Only saves time.
+    if let Err(error) = write_atomically(&kept, digest.as_bytes()) {
+        log::debug!("{}: {error}", kept.display());
+    }
+    Ok(digest)
 }
 
 /// Why a helper program failed.

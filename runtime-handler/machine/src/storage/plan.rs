@@ -6,7 +6,7 @@ use dyad_runtime_handler::spec::RootMount;
 use uuid::Uuid;
 
 /// Identifies converted images; the version changes when their layout does.
-const IMAGE_NAMESPACE: Uuid = Uuid::from_u128(0x6479_6164_0000_5000_8000_696d_6167_6501);
+const IMAGE_NAMESPACE: Uuid = Uuid::from_u128(0x6479_6164_0000_5000_8000_696d_6167_6502);
 
 /// The directories that make a container's root.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,0 +1,379 @@
+//! The target of a migration: offers what is ready, and takes the machine in.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use dyad_agent_api::proto::agent::SetupRequest;
+use dyad_runtime_handler::Error;
+use dyad_runtime_handler::cgroup::Hierarchies;
+use dyad_runtime_handler::error::{Context, Result};
+use dyad_runtime_handler::handler::ProcessId;
+use dyad_runtime_handler::migration::Arrival;
+use log::{debug, info, warn};
+
+use super::images::connect;
+use super::{Boot, Machine, Power, lock};
+use crate::container::Container;
+use crate::domain::AgentChannel;
+use crate::events::{Change, Ending, Observed};
+use crate::libvirt::{self, Of};
+use crate::migrate::offer::{
+    self, HANDOVER, Handover, OFFER, Offer, OfferedContainer, Position, RECORD, Record,
+};
+use crate::network::apply as network;
+use crate::storage::apply as storage;
+use crate::{cgroup, libvirt::LibvirtError};
+
+/// Between two looks where libvirt tells nothing.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// An event may be lost with a libvirtd that died; the domain's state is not.
+const LOOK_WITHOUT_EVENT: Duration = Duration::from_secs(2);
+/// The source's hand-over comes within milliseconds, or its shim is dead.
+const HANDOVER_WITHIN: Duration = Duration::from_secs(5);
+/// The agent answers at once: it has been running all the time.
+const AGENT_WITHIN: Duration = Duration::from_secs(20);
+
+/// How far a target is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Arriving {
+    /// It is no target, or no longer one.
+    No,
+    /// Defined, off.
+    Waiting,
+    /// QEMU is there and takes in; nothing runs.
+    Prepared,
+    /// It runs.
+    Running,
+    /// The source gave up, or failed.
+    Failed(String),
+}
+
+impl Machine {
+    /// Whether it waits for its source.
+    pub fn is_waiting(&self) -> bool {
+        *self.arriving.borrow() != Arriving::No
+    }
+
+    /// Takes libvirt's word where it concerns the arrival; says whether it did.
+    pub(super) fn takes_in(&self, change: Change) -> bool {
+        let next = match (&*self.arriving.borrow(), change) {
+            (Arriving::No, _) => return false,
+            (Arriving::Waiting, Change::Started) => Arriving::Prepared,
+            (Arriving::Waiting | Arriving::Prepared, Change::Resumed) => Arriving::Running,
+            (Arriving::Prepared | Arriving::Running, Change::Stopped(ending)) => {
+                Arriving::Failed(match ending {
+                    Ending::Crashed => "its source gave up, or QEMU failed".into(),
+                    other => format!("{other:?}"),
+                })
+            }
+            (_, Change::Undefined) => Arriving::Failed("its definition was removed".into()),
+            _ => return true,
+        };
+        debug!("machine {}: {next:?}", self.record.uuid);
+        self.arriving.send_replace(next);
+        true
+    }
+
+    pub(super) fn first_offer(&self, kernel: PathBuf, initramfs: PathBuf, title: String) -> Offer {
+        let (agent_socket, vsock_cid) = match &self.channel {
+            AgentChannel::VirtioSerial { socket } => (socket.clone(), 0),
+            AgentChannel::Vsock { cid } => (PathBuf::new(), *cid),
+        };
+        let disk = self.folder.disk();
+        Offer {
+            version: offer::VERSION,
+            release: env!("CARGO_PKG_VERSION").into(),
+            title,
+            sandbox_id: self.record.sandbox_id.clone(),
+            containerd_namespace: self.record.containerd_namespace.clone(),
+            accelerator: self.accelerator,
+            vcpus: self.info().vcpus,
+            memory_mib: self.info().memory_bytes >> 20,
+            kernel,
+            initramfs,
+            disk_bytes: std::fs::metadata(&disk).map_or(0, |disk| disk.len()),
+            free_bytes: nix::sys::statvfs::statvfs(&self.folder.dir)
+                .map_or(0, |fs| fs.blocks_available() * fs.fragment_size()),
+            disk,
+            agent_socket,
+            vsock_cid,
+            console_socket: self.folder.console_socket(),
+            console_log: self.folder.console(),
+            taps: lock(&self.network)
+                .interfaces
+                .iter()
+                .map(|interface| (interface.tap.clone(), interface.mtu))
+                .collect(),
+            migrate_socket: self.folder.run_dir.join("migrate.sock"),
+            disks_socket: self.folder.run_dir.join("disks.sock"),
+            containers: BTreeMap::new(),
+        }
+    }
+
+    /// Puts the offer where the source finds it.
+    ///
+    /// # Errors
+    /// libvirt refused.
+    pub(super) async fn publish(&self, offer: &Offer) -> Result<()> {
+        let element = offer::element("offer", offer)?;
+        let uuid = self.record.uuid;
+        Ok(self
+            .libvirt
+            .set_metadata(uuid, OFFER, Some(element), Of::Definition)
+            .await?)
+    }
+
+    /// Adds a container that waits with the machine.
+    ///
+    /// # Errors
+    /// Its image cannot be read; libvirt refused.
+    pub async fn offer_container(&self, name: &str, image: PathBuf, started: bool) -> Result<()> {
+        let digest = storage::digest(image.clone()).await?;
+        let mut offer = self.offer.lock().await;
+        if let Some(offer) = offer.as_mut() {
+            let offered = OfferedContainer {
+                image,
+                digest,
+                started,
+            };
+            offer.containers.insert(name.to_owned(), offered);
+            self.publish(offer).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes a container out of the offer.
+    pub async fn withdraw_container(&self, name: &str) {
+        let mut offer = self.offer.lock().await;
+        if let Some(offer) = offer.as_mut()
+            && offer.containers.remove(name).is_some()
+            && let Err(error) = self.publish(offer).await
+        {
+            debug!("{}", error.chain());
+        }
+    }
+
+    /// A container by its Kubernetes name, for who moves or arrives.
+    pub fn name_container(&self, name: &str, container: &Arc<Container>) {
+        lock(&self.containers).insert(name.to_owned(), Arc::downgrade(container));
+    }
+
+    /// The pod's containers that are there and have not ended.
+    pub(super) fn living_containers(&self) -> Vec<(String, Arc<Container>)> {
+        lock(&self.containers)
+            .iter()
+            .filter_map(|(name, container)| Some((name.clone(), Weak::upgrade(container)?)))
+            .filter(|(_, container)| {
+                self.is_waiting() || self.is_running(&ProcessId::init(container.id()))
+            })
+            .collect()
+    }
+
+    /// Waits for the source, and makes what came the pod.
+    ///
+    /// # Errors
+    /// The source failed, or the machine could not be taken in: it does not run here.
+    pub async fn receive(self: &Arc<Self>) -> Result<Arrival> {
+        let taken = self.take_in().await;
+        if taken.is_err() {
+            let uuid = self.record.uuid;
+            self.arriving.send_replace(Arriving::No);
+            for result in [
+                self.libvirt.destroy(uuid).await,
+                self.libvirt.undefine(uuid).await,
+            ] {
+                if let Err(error) = result {
+                    warn!("{}", Error::from(error).chain());
+                }
+            }
+        }
+        taken
+    }
+
+    async fn take_in(self: &Arc<Self>) -> Result<Arrival> {
+        let uuid = self.record.uuid;
+        self.reaches(|state| *state != Arriving::Waiting).await?;
+        info!("machine {uuid} is on its way here");
+        // The guest does not run before all its memory is here; this is long before.
+        let began = Instant::now();
+        let pid = self.place_and_wire().await?;
+        debug!("machine {uuid}: wired after {:?}", began.elapsed());
+        self.reaches(|state| *state == Arriving::Running).await?;
+        info!("machine {uuid} runs here");
+        *lock(&self.agent) = connect(&self.channel);
+        self.power.send_replace(Power::On {
+            pid,
+            boot: Boot::Ready,
+        });
+        self.started(ProcessId::init(self.sandbox_id()));
+        // From here on it runs, and here only: nothing below may say otherwise.
+        self.arriving.send_replace(Arriving::No);
+        let record = match self.record_of_source().await {
+            Ok(record) => record,
+            Err(error) => {
+                warn!("machine {uuid}: {}", error.chain());
+                return Ok(Arrival {
+                    pod: Vec::new(),
+                    processes: vec![(ProcessId::init(self.sandbox_id()), pid)],
+                });
+            }
+        };
+        let processes = self.go_on(pid, &record).await;
+        Ok(Arrival {
+            pod: record.pod,
+            processes,
+        })
+    }
+
+    /// Waits for the state, or for the end of all hope.
+    async fn reaches(&self, wanted: impl Fn(&Arriving) -> bool) -> Result<()> {
+        let mut states = self.arriving.subscribe();
+        loop {
+            let look = states.wait_for(|state| {
+                wanted(state) || matches!(state, Arriving::Failed(_) | Arriving::No)
+            });
+            let seen = tokio::time::timeout(LOOK_WITHOUT_EVENT, look).await;
+            let seen = seen.map(|state| state.map(|state| state.clone()));
+            match seen {
+                Ok(Ok(state)) => {
+                    return match state {
+                        Arriving::Failed(why) => Err(Error::Unavailable(
+                            format!("the migration failed: {why}"),
+                            None,
+                        )),
+                        Arriving::No => Err(Error::FailedPrecondition(
+                            "the target was removed".into(),
+                        )),
+                        _ => Ok(()),
+                    };
+                }
+                Ok(Err(_)) => {
+                    return Err(Error::Unavailable("the target is gone".into(), None));
+                }
+                Err(_) => self.look_up().await,
+            }
+        }
+    }
+
+    /// What libvirt would have told, had it not been restarted.
+    async fn look_up(&self) {
+        let state = self.libvirt.state(self.record.uuid).await;
+        let now = self.arriving.borrow().clone();
+        let change = match (&now, state) {
+            (Arriving::Waiting, Ok(Observed::Running | Observed::Paused)) => Change::Started,
+            (Arriving::Prepared, Ok(Observed::Running)) => Change::Resumed,
+            (Arriving::Prepared, Ok(Observed::Off(ending))) => Change::Stopped(ending),
+            (Arriving::Waiting | Arriving::Prepared, Ok(Observed::Absent)) => Change::Undefined,
+            _ => return,
+        };
+        self.takes_in(change);
+    }
+
+    async fn place_and_wire(&self) -> Result<u32> {
+        let uuid = self.record.uuid;
+        let pid = libvirt::find_qemu(uuid, &self.folder.disk())
+            .context(|| format!("find QEMU of domain {uuid}"))?;
+        let plan = lock(&self.network).clone();
+        if let Some(netns) = &self.record.netns {
+            for interface in &plan.interfaces {
+                let localhost = plan.localhost.as_ref();
+                let localhost = localhost.filter(|way| way.interface == interface.name);
+                network::wire(netns, interface, localhost).await?;
+            }
+        }
+        if let Some(path) = &self.record.cgroups_path {
+            cgroup::create(path, self.cpu_shares).await?;
+            cgroup::place(&Hierarchies::of_host()?.at(path)?, pid)?;
+        }
+        Ok(pid)
+    }
+
+    async fn record_of_source(&self) -> Result<Record> {
+        let uuid = self.record.uuid;
+        let element = self.libvirt.metadata(uuid, RECORD.1, Of::Live).await?;
+        let element = element.ok_or_else(|| {
+            Error::FailedPrecondition("the machine came without its source's record".into())
+        })?;
+        offer::read("record", &element)
+    }
+
+    /// Makes the machine that runs the pod's: network, streams, processes.
+    async fn go_on(self: &Arc<Self>, pid: u32, record: &Record) -> Vec<(ProcessId, u32)> {
+        let agent = self.agent();
+        *lock(&self.kernel_release) = record.kernel_release.clone();
+        *self.images.lock().await = record.images.clone().into_iter().collect();
+        for (interface, mac) in lock(&self.network).interfaces.iter_mut().zip(&record.macs) {
+            interface.mac.clone_from(mac);
+        }
+        let mut processes = vec![(ProcessId::init(self.sandbox_id()), pid)];
+        let handover = self.handover();
+        let reached = async {
+            agent.ready(AGENT_WITHIN).await?;
+            let own = SetupRequest {
+                // The rest of the guest is as the source's pod made it.
+                hostname: String::new(),
+                ..self.setup_request()
+            };
+            agent.setup(own).await
+        };
+        let (handover, reached) = tokio::join!(handover, reached);
+        if let Err(error) = reached {
+            warn!(
+                "machine {}: its new address: {}",
+                self.record.uuid,
+                error.chain()
+            );
+        }
+        let mut known = Vec::new();
+        for (name, container) in self.named_containers() {
+            let Some(came) = record.containers.get(&name) else {
+                continue;
+            };
+            known.push(came.guest_id.clone());
+            match container.arrive(came, &handover).await {
+                Ok(()) => processes.push((ProcessId::init(container.id()), pid)),
+                Err(error) => warn!("container {name}: {}", error.chain()),
+            }
+        }
+        if let Err(error) = agent.adopt_unattended(&known).await {
+            warn!("execs of {}: {}", self.record.uuid, error.chain());
+        }
+        self.events_after
+            .store(record.events_after, Ordering::Relaxed);
+        self.watch_guest();
+        processes
+    }
+
+    fn named_containers(&self) -> Vec<(String, Arc<Container>)> {
+        lock(&self.containers)
+            .iter()
+            .filter_map(|(name, container)| Some((name.clone(), Weak::upgrade(container)?)))
+            .collect()
+    }
+
+    /// Where the source's streams ended. Without it, from what the guest still holds.
+    async fn handover(&self) -> Vec<Position> {
+        let uuid = self.record.uuid;
+        let began = Instant::now();
+        while began.elapsed() < HANDOVER_WITHIN {
+            match self.libvirt.metadata(uuid, HANDOVER.1, Of::Live).await {
+                Ok(Some(element)) => match offer::read::<Handover>("handover", &element) {
+                    Ok(handover) => return handover.streams,
+                    Err(error) => {
+                        warn!("{}", error.chain());
+                        return Vec::new();
+                    }
+                },
+                Ok(None) => {}
+                Err(LibvirtError::NoDomain(_)) => return Vec::new(),
+                Err(error) => debug!("{}", Error::from(error).chain()),
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        warn!("machine {uuid}: its source handed nothing over; output may be there twice");
+        Vec::new()
+    }
+}

@@ -1,0 +1,482 @@
+//! The source of a migration: looks, moves, finds out what came of it, hands over.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use dyad_runtime_handler::Error;
+use dyad_runtime_handler::error::{Context, Result};
+use dyad_runtime_handler::migration::{
+    Hurry, MigrationParameters, MigrationProgress, Sent, Stage, TimeoutAction,
+};
+use log::{debug, info, warn};
+use tokio::sync::watch;
+
+use super::{Machine, POD_DISK_SERIAL, Power, lock};
+use crate::events::{Ending, Observed};
+use crate::libvirt::{Job, Libvirt, Of};
+use crate::migrate::offer::{self, HANDOVER, Handover, OFFER, Offer, RECORD, Record, Traveller, Wanted};
+use crate::migrate::xml::{self, Places};
+use crate::migrate::{Streams, streams};
+use crate::network::apply as network;
+use crate::storage::apply as storage;
+
+/// libvirt tells figures only when asked.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long it may take until libvirt has an answer to where the machine runs.
+const SETTLE_WITHIN: Duration = Duration::from_secs(30);
+/// A machine that stands still on both sides for so long does not go on by itself.
+const STANDSTILL: Duration = Duration::from_secs(5);
+/// A job that was asked for begins within this, or never.
+const CANCEL_WITHIN: Duration = Duration::from_secs(5);
+/// The last output to its FIFOs.
+const HANDOVER_WITHIN: Duration = Duration::from_secs(2);
+
+/// Where the machine runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Whereabouts {
+    Here,
+    There,
+    Nowhere(String),
+}
+
+/// All that a migration needs to begin.
+struct Ready {
+    destination: Libvirt,
+    offer: Offer,
+    xml: String,
+    found: xml::Found,
+    streams: Streams,
+}
+
+impl Machine {
+    /// Looks for all that forbids the migration.
+    ///
+    /// # Errors
+    /// The blocker, by name.
+    pub async fn check_migration(&self, parameters: &MigrationParameters) -> Result<()> {
+        self.get_ready(parameters).await.map(drop)
+    }
+
+    async fn get_ready(&self, parameters: &MigrationParameters) -> Result<Ready> {
+        let uuid = self.record.uuid;
+        let refuse = |text: String| Error::FailedPrecondition(format!("cannot migrate: {text}"));
+        if parameters.destination == self.config.libvirt_uri {
+            return Err(refuse(format!(
+                "destination {:?} is this node's own libvirt",
+                parameters.destination
+            )));
+        }
+        let xml = self.libvirt.migratable_xml(uuid).await?;
+        let found = xml::find(&xml)?;
+        if let Some(blocker) = found.blockers.first() {
+            return Err(refuse(format!(
+                "the machine has {blocker}, which stays on its host: use volumes that are copied or \
+                 attached as disks"
+            )));
+        }
+        let destination = Libvirt::new(&parameters.destination);
+        let there = destination.state(uuid).await.map_err(|error| {
+            let why = Error::from(error).chain();
+            refuse(format!("destination {:?}: {why}", parameters.destination))
+        })?;
+        match there {
+            Observed::Absent => {
+                return Err(refuse(format!(
+                    "no target waits at {:?}: make the pod on that node with the annotation \
+                     dyad.dev/migration-source: {uuid}",
+                    parameters.destination
+                )));
+            }
+            Observed::Running | Observed::Paused => {
+                return Err(refuse(format!(
+                    "machine {uuid} is active at {:?} already",
+                    parameters.destination
+                )));
+            }
+            Observed::Off(_) => {}
+        }
+        let element = destination.metadata(uuid, OFFER.1, Of::Definition).await?;
+        let element = element.ok_or_else(|| {
+            refuse(format!(
+                "domain {uuid} at {:?} waits for nobody: it is no migration target of dyad",
+                parameters.destination
+            ))
+        })?;
+        let offer: Offer = offer::read("offer", &element)?;
+        let streams = streams(parameters, &offer)?;
+        offer::fits(&self.wanted().await?, &offer)?;
+        let (here, there) =
+            tokio::try_join!(self.libvirt.versions(), destination.versions())?;
+        if version_key(&there.qemu) < version_key(&here.qemu) {
+            return Err(refuse(format!(
+                "the target's QEMU {} is older than this node's {}: a machine moves to the same or a \
+                 newer one",
+                there.qemu, here.qemu
+            )));
+        }
+        Ok(Ready {
+            destination,
+            offer,
+            xml,
+            found,
+            streams,
+        })
+    }
+
+    async fn wanted(&self) -> Result<Wanted> {
+        let mut containers = BTreeMap::new();
+        for (name, container) in self.living_containers() {
+            let digest = storage::digest(container.image_file()).await?;
+            containers.insert(name, digest);
+        }
+        let disk = self.folder.disk();
+        let disk = std::fs::metadata(&disk).context(|| format!("look at {}", disk.display()))?;
+        Ok(Wanted {
+            release: env!("CARGO_PKG_VERSION").into(),
+            accelerator: self.accelerator,
+            vcpus: self.info().vcpus,
+            memory_mib: self.info().memory_bytes >> 20,
+            disk_bytes: disk.len(),
+            disk_used_bytes: disk.blocks() * 512,
+            mtus: lock(&self.network)
+                .interfaces
+                .iter()
+                .map(|interface| interface.mtu)
+                .collect(),
+            containers,
+        })
+    }
+
+    /// Moves the machine.
+    ///
+    /// # Errors
+    /// It runs here as before, for this reason.
+    pub async fn send(
+        self: &Arc<Self>,
+        parameters: &MigrationParameters,
+        pod: Vec<u8>,
+        progress: watch::Sender<MigrationProgress>,
+    ) -> Result<Sent> {
+        let uuid = self.record.uuid;
+        progress.send_modify(|progress| progress.stage = Stage::Preparing);
+        let ready = self.get_ready(parameters).await?;
+        let job = self.job(parameters, &ready, pod).await?;
+        let mut record = self.record.clone();
+        record.leaving = true;
+        self.folder.save(&record)?;
+        self.post_copy.store(false, Ordering::Relaxed);
+        self.leaving.store(true, Ordering::Relaxed);
+        let moved = if self.give_up.swap(false, Ordering::Relaxed) {
+            Err(Error::FailedPrecondition("cancelled".into()))
+        } else {
+            let migrated = self.libvirt.migrate(uuid, job);
+            tokio::select! {
+                migrated = migrated => migrated.map_err(Error::from),
+                never = self.observe_job(parameters, &progress) => match never {},
+            }
+        };
+        progress.send_modify(|progress| progress.stage = Stage::Finishing);
+        if let Err(error) = &moved {
+            info!("migration of machine {uuid}: {}", error.chain());
+        }
+        let found = self.settle(&ready.destination, moved.is_ok()).await;
+        debug!("machine {uuid} is {found:?}");
+        match found {
+            Whereabouts::Here => {
+                self.leaving.store(false, Ordering::Relaxed);
+                self.folder.save(&self.record)?;
+                Err(moved.err().unwrap_or_else(|| {
+                    Error::Unavailable("libvirt says that it did not move".into(), None)
+                }))
+            }
+            Whereabouts::There => {
+                self.let_go(&ready.destination).await;
+                if let Ok(figures) = ready.destination.finished_job(uuid).await {
+                    progress.send_modify(|progress| {
+                        progress.downtime = figures.downtime;
+                        progress.bytes_done = figures.done.max(progress.bytes_done);
+                        progress.bytes_remaining = 0;
+                    });
+                }
+                Ok(Sent::Moved)
+            }
+            Whereabouts::Nowhere(why) => {
+                let reason = moved.err().map_or_else(String::new, |error| error.chain());
+                Ok(Sent::Lost(format!("{why}; libvirt: {reason}")))
+            }
+        }
+    }
+
+    async fn job(
+        &self,
+        parameters: &MigrationParameters,
+        ready: &Ready,
+        pod: Vec<u8>,
+    ) -> Result<Job> {
+        let mut images: BTreeMap<String, PathBuf> = BTreeMap::new();
+        for (name, container) in self.living_containers() {
+            if let Some(offered) = ready.offer.containers.get(&name) {
+                images.insert(container.image_serial(), offered.image.clone());
+            }
+        }
+        let record = Record {
+            version: offer::VERSION,
+            containers: self
+                .living_containers()
+                .into_iter()
+                .map(|(name, container)| {
+                    let traveller = Traveller {
+                        guest_id: container.guest_id(),
+                        serial: container.image_serial(),
+                    };
+                    (name, traveller)
+                })
+                .collect(),
+            images: self.images.lock().await.clone().into_iter().collect(),
+            macs: ready.found.macs.clone(),
+            kernel_release: lock(&self.kernel_release).clone(),
+            events_after: self.events_after.load(Ordering::Relaxed),
+            pod,
+        };
+        // An image whose last container is gone stays plugged in: it goes along under any
+        // file with its content, which is what it was made from.
+        for serial in record.images.keys() {
+            if !images.contains_key(serial) {
+                return Err(Error::FailedPrecondition(format!(
+                    "cannot migrate: the image of a container that is gone (serial {serial}) is still \
+                     plugged in, and the target has no file for it; restart the pod's machine first"
+                )));
+            }
+        }
+        let name = RECORD.0;
+        let element = offer::element(&format!("{name}:record"), &record)?;
+        let element = element.replacen(
+            &format!("<{name}:record>"),
+            &format!("<{name}:record xmlns:{name}=\"{}\">", RECORD.1),
+            1,
+        );
+        let places = Places {
+            offer: &ready.offer,
+            images: &images,
+            pod_disk_serial: POD_DISK_SERIAL,
+            record: &element,
+        };
+        let disks = ready
+            .found
+            .disks
+            .iter()
+            .filter(|(serial, _)| serial == POD_DISK_SERIAL);
+        Ok(Job {
+            destination: parameters.destination.clone(),
+            xml: xml::rewrite(&ready.xml, places)?,
+            migrate_uri: ready.streams.migrate_uri.clone(),
+            disks_uri: ready.streams.disks_uri.clone(),
+            disks: disks.map(|(_, device)| device.clone()).collect(),
+            bandwidth_mib_s: parameters.bandwidth_mib_s,
+            auto_converge: parameters.auto_converge,
+            post_copy: parameters.timeout_action == TimeoutAction::PostCopy,
+            parallel: parameters.parallel,
+            tls: ready.streams.tls,
+        })
+    }
+
+    /// Tells figures until dropped, and sets what can be set only once the job is there.
+    async fn observe_job(
+        &self,
+        parameters: &MigrationParameters,
+        progress: &watch::Sender<MigrationProgress>,
+    ) -> std::convert::Infallible {
+        let uuid = self.record.uuid;
+        let mut downtime = parameters.max_downtime;
+        loop {
+            if let Ok(figures) = self.libvirt.job(uuid).await
+                && figures.active
+            {
+                if let Some(wanted) = downtime.take()
+                    && let Err(error) = self.libvirt.set_max_downtime(uuid, wanted).await
+                {
+                    debug!("{}", Error::from(error).chain());
+                    downtime = Some(wanted);
+                }
+                let stands = matches!(self.libvirt.state(uuid).await, Ok(Observed::Paused));
+                let post_copy = self.post_copy.load(Ordering::Relaxed);
+                progress.send_modify(|progress| {
+                    *progress = MigrationProgress {
+                        stage: match (post_copy, stands) {
+                            (true, _) => Stage::PostCopy,
+                            (false, true) => Stage::Switching,
+                            (false, false) => Stage::Copying,
+                        },
+                        bytes_done: figures.done,
+                        bytes_total: figures.total,
+                        bytes_remaining: figures.remaining,
+                        rate: figures.rate,
+                        dirty_rate: figures.dirty_rate,
+                        expected_downtime: figures.downtime,
+                        downtime: None,
+                    };
+                });
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Finds out where the machine runs, from both libvirts. A machine that stands still
+    /// here goes on only when it cannot run there: never two.
+    async fn settle(&self, destination: &Libvirt, done: bool) -> Whereabouts {
+        let uuid = self.record.uuid;
+        let began = Instant::now();
+        loop {
+            let here = self.libvirt.state(uuid).await;
+            match here {
+                Ok(Observed::Running) if !done => return Whereabouts::Here,
+                Ok(Observed::Off(Ending::Migrated) | Observed::Absent) if done => {
+                    return Whereabouts::There;
+                }
+                Ok(here) => {
+                    let there = destination.state(uuid).await;
+                    debug!("machine {uuid}: here {here:?}, there {there:?}");
+                    match (here, there) {
+                        (Observed::Paused, Ok(Observed::Running)) => {
+                            // Its last word was lost on the way.
+                            if let Err(error) = self.libvirt.destroy(uuid).await {
+                                warn!("{}", Error::from(error).chain());
+                            }
+                            return Whereabouts::There;
+                        }
+                        (Observed::Off(_) | Observed::Absent, Ok(Observed::Running)) => {
+                            return Whereabouts::There;
+                        }
+                        (Observed::Running, _) => return Whereabouts::Here,
+                        _ if began.elapsed() < STANDSTILL => {}
+                        (Observed::Paused, Ok(_)) if self.post_copy.load(Ordering::Relaxed) => {
+                            return Whereabouts::Nowhere(
+                                "it broke off after the switch, with the machine's memory in two \
+                                 halves"
+                                    .into(),
+                            );
+                        }
+                        (Observed::Paused, Ok(Observed::Off(_) | Observed::Absent)) => {
+                            match self.libvirt.resume(uuid).await {
+                                Ok(()) => return Whereabouts::Here,
+                                Err(error) => warn!("{}", Error::from(error).chain()),
+                            }
+                        }
+                        (Observed::Off(_) | Observed::Absent, Ok(Observed::Off(_) | Observed::Absent)) => {
+                            return Whereabouts::Nowhere("it is off on both sides".into());
+                        }
+                        _ => {}
+                    }
+                }
+                Err(error) => debug!("{}", Error::from(error).chain()),
+            }
+            if began.elapsed() > SETTLE_WITHIN {
+                return Whereabouts::Nowhere(
+                    "it stands still here, and whether it runs there cannot be found out; it is not \
+                     resumed, since it could run twice"
+                        .into(),
+                );
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// It runs there: lets go of all that could disturb it, and tells where to go on.
+    async fn let_go(&self, destination: &Libvirt) {
+        let uuid = self.record.uuid;
+        self.moved.store(true, Ordering::Relaxed);
+        self.power
+            .send_replace(Power::Off(Some(Ending::Migrated)));
+        let streams = self.agent().hand_over(HANDOVER_WITHIN).await;
+        let handover = Handover {
+            version: offer::VERSION,
+            streams,
+        };
+        let told = match offer::element("handover", &handover) {
+            Ok(element) => destination
+                .set_metadata(uuid, HANDOVER, Some(element), Of::Live)
+                .await
+                .map_err(Error::from),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = told {
+            // The target goes on from what the guest kept: output may be there twice.
+            warn!("hand over the streams of {uuid}: {}", error.chain());
+        }
+        for (_, container) in self.living_containers() {
+            container.stop_syncing();
+        }
+        // Nobody is told of ends here any more: the driver ends them all.
+        lock(&self.running).clear();
+        self.stop_following();
+        if let Some(netns) = &self.record.netns {
+            let interfaces = self.record.taps.iter().map(|(name, _)| name.clone());
+            if let Err(error) = network::quiet(netns, interfaces.collect()).await {
+                warn!("{}", error.chain());
+            }
+        }
+        let mut record = self.record.clone();
+        record.moved = true;
+        if let Err(error) = self.folder.save(&record) {
+            warn!("{}", error.chain());
+        }
+    }
+
+    /// Gives the migration up, where it can be.
+    ///
+    /// # Errors
+    /// It is past the point.
+    pub async fn cancel_migration(&self) -> Result<()> {
+        let uuid = self.record.uuid;
+        let began = Instant::now();
+        self.give_up.store(true, Ordering::Relaxed);
+        loop {
+            if self.post_copy.load(Ordering::Relaxed) {
+                return Err(Error::FailedPrecondition(
+                    "the machine runs on the target already and fetches its memory".into(),
+                ));
+            }
+            match self.libvirt.abort_job(uuid).await {
+                Ok(()) => return Ok(()),
+                Err(error) if began.elapsed() > CANCEL_WITHIN => return Err(error.into()),
+                Err(_) if self.moved.load(Ordering::Relaxed) => {
+                    return Err(Error::FailedPrecondition("the machine has moved".into()));
+                }
+                // It may only be about to begin.
+                Err(error) => debug!("{}", Error::from(error).chain()),
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Brings the migration to an end.
+    ///
+    /// # Errors
+    /// libvirt refused.
+    pub async fn hurry_migration(&self, how: Hurry) -> Result<()> {
+        let uuid = self.record.uuid;
+        match how {
+            Hurry::Pause => Ok(self.libvirt.suspend_for_migration(uuid).await?),
+            Hurry::PostCopy => {
+                // Before: a switch whose answer is lost is a switch.
+                self.post_copy.store(true, Ordering::Relaxed);
+                let started = self.libvirt.start_post_copy(uuid).await;
+                if started.is_err() {
+                    self.post_copy.store(false, Ordering::Relaxed);
+                }
+                Ok(started?)
+            }
+        }
+    }
+}
+
+fn version_key(version: &str) -> Vec<u32> {
+    version
+        .split('.')
+        .map(|part| part.parse().unwrap_or_default())
+        .collect()
+}
