@@ -308,7 +308,10 @@ impl Tombstones {
         let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
         entries
             .map(|entry| entry.path())
-            .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
+            .filter(|path| {
+                path.extension()
+                    .is_some_and(|extension| extension == "json")
+            })
             .filter_map(|path| {
                 let read = std::fs::read(&path)
                     .map_err(|error| error.to_string())

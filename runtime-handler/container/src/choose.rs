@@ -19,6 +19,7 @@ use dyad_runtime_handler::error::{Error, Result};
 use dyad_runtime_handler::reaper::Reaper;
 use serde::{Deserialize, Serialize};
 
+use crate::migration;
 use crate::runtime;
 
 /// Looked for in this order.
@@ -148,10 +149,11 @@ pub(crate) fn checkpoints(config: &ContainerConfig) -> Result<()> {
 /// The OCI runtime for [`Check`]'s report. Must not be called in a process that has a
 /// [`Reaper`].
 pub fn check(config: &ContainerConfig) -> Vec<Check> {
-    vec![match checked(config) {
+    let runtime = match checked(config) {
         Ok(found) => Check::ok("oci runtime", found),
         Err(error) => Check::fail("oci runtime", error.chain(), MEND),
-    }]
+    };
+    vec![runtime, migration::check(config)]
 }
 
 /// The `features` document (JSON) of the OCI runtime that serves this host; `None` for

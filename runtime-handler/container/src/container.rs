@@ -206,10 +206,7 @@ impl Container {
     /// returns, with its pid. Its end is told once [`Self::settle_in`] was called.
     pub(crate) async fn arrive(&self, images: &Images<'_>) -> Result<u32> {
         let stdio = lock(&self.incoming).take().ok_or_else(|| {
-            Error::FailedPrecondition(format!(
-                "container {} waits for nothing",
-                self.facts.id
-            ))
+            Error::FailedPrecondition(format!("container {} waits for nothing", self.facts.id))
         })?;
         let facts = &self.facts;
         let pid_file = ShortLived(facts.bundle.join(self.runtime.unique("pid")));
@@ -266,11 +263,20 @@ impl Container {
 
     /// Ends the process without a word: it runs elsewhere, or must not have arrived.
     pub(crate) async fn let_go(&self) -> Result<()> {
+        if self.waits_no_more() {
+            return Ok(());
+        }
         let Some(init) = lock(&self.init).clone() else {
             return Ok(());
         };
         init.process.set_gate(Gate::Dropped);
         self.kill(&init).await
+    }
+
+    /// Gives the streams of an incoming one back, so that they end; false: it is none.
+    fn waits_no_more(&self) -> bool {
+        let mut incoming = lock(&self.incoming);
+        incoming.as_mut().map(std::mem::take).is_some()
     }
 
     /// Mounts the root file system anew, for what came into its layer.
@@ -581,6 +587,9 @@ impl Instance for Container {
     }
 
     async fn stop(&self, grace: Duration) -> Result<()> {
+        if self.waits_no_more() {
+            return Ok(());
+        }
         let init = self.init()?;
         if init.process.exit().is_some() {
             return Ok(());

@@ -107,7 +107,11 @@ impl Containers {
     fn pod_root(&self, containerd_namespace: &str, sandbox_id: &str) -> Result<PathBuf> {
         check_name("containerd namespace", containerd_namespace)?;
         check_name("sandbox id", sandbox_id)?;
-        Ok(self.folders.oci_root.join(containerd_namespace).join(sandbox_id))
+        Ok(self
+            .folders
+            .oci_root
+            .join(containerd_namespace)
+            .join(sandbox_id))
     }
 
     async fn runtime(&self, pod_root: PathBuf, spec_version: &str) -> Result<Runtime> {
@@ -158,7 +162,8 @@ impl RuntimeHandler for Containers {
         let root = self.pod_root(&container.containerd_namespace, &container.sandbox_id)?;
         let mut cleaned = Ok(());
         if container.role == Role::Sandbox {
-            let identity = migration::pod_uuid(&container.containerd_namespace, &container.sandbox_id);
+            let identity =
+                migration::pod_uuid(&container.containerd_namespace, &container.sandbox_id);
             migration::remove_leftovers(&self.folders, &identity.to_string());
             // With task API v3 nobody asks for the pod's other containers. containerd
             // keeps their bundles beside this one, if it still has them.

@@ -16,6 +16,9 @@ use dyad_runtime_handler::migration::{
 };
 use dyad_runtime_handler::reaper::Reaper;
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -68,6 +71,30 @@ impl Node {
         let app = self.app.create(stdio).await.unwrap();
         app.start(None).await.unwrap();
         (pause, app, ends)
+    }
+
+    /// A further container of the pod.
+    async fn another(&self, name: &str, limit: Option<u64>) -> (Pod, Arc<dyn Instance>, Ends) {
+        let mut pod = Pod::new(Arc::clone(&self.app.reaper), "");
+        pod.handler = Arc::clone(&self.pause.handler);
+        pod.sandbox_id.clone_from(&self.pause.id);
+        pod.share_image(&self.app);
+        name.clone_into(&mut pod.name);
+        let cgroup = pod.spec["linux"]["cgroupsPath"].clone();
+        pod.spec = self.app.spec.clone();
+        pod.spec["linux"]["cgroupsPath"] = cgroup;
+        // Shared by both, it would be written twice.
+        pod.spec["process"]["args"][2] = COUNT
+            .replace("/dev/shm/s", "/tmp/s")
+            .replace("/cache/v", "/tmp/v")
+            .into();
+        if let Some(limit) = limit {
+            pod.spec["linux"]["resources"]["memory"] = json!({"limit": limit, "swap": limit});
+        }
+        let (stdio, ends) = pod.stdio("init", false);
+        let container = pod.create(stdio).await.unwrap();
+        container.start(None).await.unwrap();
+        (pod, container, ends)
     }
 
     fn upper(&self) -> PathBuf {
@@ -160,7 +187,10 @@ fn a_counting_process_goes_on_elsewhere_without_a_seam() {
 
         let check = to(&b.socket(&a));
         let nobody = a.migration().check(&check).await.unwrap_err();
-        assert!(nobody.to_string().contains("create the target pod first"), "{nobody}");
+        assert!(
+            nobody.to_string().contains("create the target pod first"),
+            "{nobody}"
+        );
         let mut parameters = check.clone();
         parameters.bandwidth_mib_s = 500;
         let receive = b.migration().receive();
@@ -168,7 +198,10 @@ fn a_counting_process_goes_on_elsewhere_without_a_seam() {
             appears(&b.socket(&a)).await;
             a.migration().check(&check).await.unwrap();
             let (sender, progress) = watch::channel(MigrationProgress::default());
-            let sent = a.migration().send(&parameters, b"the record".to_vec(), sender).await;
+            let sent = a
+                .migration()
+                .send(&parameters, b"the record".to_vec(), sender)
+                .await;
             let progress = *progress.borrow();
             (sent, progress)
         };
@@ -182,7 +215,10 @@ fn a_counting_process_goes_on_elsewhere_without_a_seam() {
         let pause = ProcessId::init(b.pause.id.clone());
         assert!(arrival.processes.contains(&(pause, b_pause.pid().unwrap())));
         assert_eq!(progress.stage, Stage::Finishing);
-        assert!(progress.bytes_done > 0 && progress.bytes_remaining == 0, "{progress:?}");
+        assert!(
+            progress.bytes_done > 0 && progress.bytes_remaining == 0,
+            "{progress:?}"
+        );
         assert!(progress.downtime.unwrap() > Duration::ZERO);
 
         // Not one line lost, not one twice, over both logs.
@@ -212,9 +248,13 @@ fn a_counting_process_goes_on_elsewhere_without_a_seam() {
         assert!(!seen.contains("passwd"), "{seen}");
         assert_eq!(b.app.wait_exit(Some("e"), &mut b.pause).await, 0);
         b_app.delete_exec("e").await.unwrap();
-        let namespace = |pid: u32, kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
+        let namespace =
+            |pid: u32, kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
         for kind in ["ipc", "uts", "net"] {
-            assert_eq!(namespace(pid, kind), namespace(b_pause.pid().unwrap(), kind));
+            assert_eq!(
+                namespace(pid, kind),
+                namespace(b_pause.pid().unwrap(), kind)
+            );
         }
 
         // The source is gone without a word, and can be deleted.
@@ -297,7 +337,10 @@ fn a_migration_that_fails_or_is_given_up_leaves_the_pod_as_it_was() {
         let (c_pause, c_app, _) = c.create().await;
         let (sent, received, _) = move_pod(&a, &c, &to(&c.socket(&a))).await;
         let error = sent.unwrap_err().chain();
-        assert!(error.contains("the target could not run the pod"), "{error}");
+        assert!(
+            error.contains("the target could not run the pod"),
+            "{error}"
+        );
         received.unwrap_err();
         c_app.delete().await.unwrap();
         c_pause.delete().await.unwrap();
@@ -314,6 +357,167 @@ fn a_migration_that_fails_or_is_given_up_leaves_the_pod_as_it_was() {
         a_app.delete().await.unwrap();
         a_pause.delete().await.unwrap();
         a.assert_nothing_left();
+    });
+}
+
+/// A proxy before `socket`. On the first connection to it that moves a pod, `cut` sees
+/// what the source says, and what the target says, and ends it by answering true; what
+/// was seen then is not handed on.
+async fn proxy(listen: &Path, socket: &Path, cut: fn(&[u8], bool) -> bool) {
+    let listener = UnixListener::bind(listen).unwrap();
+    let mut whole = false;
+    loop {
+        let (source, _) = listener.accept().await.unwrap();
+        let target = UnixStream::connect(socket).await;
+        let Ok(target) = target else {
+            // As if it was not there either.
+            drop(listener);
+            fs::remove_file(listen).unwrap();
+            return std::future::pending().await;
+        };
+        let (mut source_reads, mut source_writes) = source.into_split();
+        let (mut target_reads, mut target_writes) = target.into_split();
+        let forward = async |from: &mut OwnedReadHalf,
+                             to: &mut OwnedWriteHalf,
+                             by_source: bool,
+                             whole: bool| {
+            let mut buffer = vec![0; 64 << 10];
+            loop {
+                let length = from.read(&mut buffer).await.unwrap_or(0);
+                if length == 0 || (!whole && cut(&buffer[..length], by_source)) {
+                    return;
+                }
+                if to.write_all(&buffer[..length]).await.is_err() {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = forward(&mut source_reads, &mut target_writes, true, whole) => {}
+            () = forward(&mut target_reads, &mut source_writes, false, whole) => {}
+        }
+        whole = true;
+    }
+}
+
+fn says(bytes: &[u8], word: &str) -> bool {
+    bytes
+        .windows(word.len())
+        .any(|window| window == word.as_bytes())
+}
+
+#[test]
+fn a_connection_that_breaks_leaves_the_pod_running_once() {
+    type Cut = fn(&[u8], bool) -> bool;
+    let cuts: [(&str, Cut, bool); 4] = [
+        (
+            "before the files",
+            |bytes, _| says(bytes, "\"tree\""),
+            false,
+        ),
+        (
+            "among the images",
+            |bytes, _| says(bytes, "pages-1.img"),
+            false,
+        ),
+        (
+            "at the commit",
+            |bytes, by_source| by_source && says(bytes, "\"commit\""),
+            false,
+        ),
+        (
+            "at the answer",
+            |bytes, by_source| !by_source && says(bytes, "outcome"),
+            true,
+        ),
+    ];
+    run(|reaper| async move {
+        let mut a = Node::new(&reaper, COUNT, None);
+        let (a_pause, a_app, a_ends) = a.create().await;
+        read_until(&a_ends.stdout, "n 1\n").await;
+        for (when, cut, moves) in cuts {
+            let mut b = Node::new(&reaper, COUNT, Some(&a));
+            let (b_pause, b_app, b_ends) = b.create().await;
+            let between = b.pause.temp.path().join("proxy.sock");
+            let socket = b.socket(&a);
+            let (sender, _progress) = watch::channel(MigrationProgress::default());
+            let send = async {
+                appears(&socket).await;
+                let parameters = to(&between);
+                let migration = a.migration();
+                tokio::select! {
+                    sent = migration.send(&parameters, Vec::new(), sender) => sent,
+                    () = proxy(&between, &socket, cut) => unreachable!(),
+                }
+            };
+            let (sent, received) = tokio::join!(send, b.migration().receive());
+            assert_eq!(received.is_ok(), moves, "{when}: {received:?}");
+            match sent {
+                Ok(sent) => assert!(moves && sent == Sent::Moved, "{when}"),
+                Err(error) => assert!(!moves, "{when}: {}", error.chain()),
+            }
+            read_now(&a_ends.stdout);
+            if moves {
+                read_until(&b_ends.stdout, "n ").await;
+                assert_eq!(read_now(&a_ends.stdout), "", "{when}: it runs twice");
+                let gone = a_app.signal(None, 0, false).await;
+                assert!(matches!(gone, Err(Error::NotFound(_))), "{when}: {gone:?}");
+            } else {
+                read_until(&a_ends.stdout, "n ").await;
+                assert_eq!(read_now(&b_ends.stdout), "", "{when}: it runs twice");
+            }
+            b_app.delete().await.unwrap();
+            b_pause.delete().await.unwrap();
+            b.app.assert_gone();
+            b.assert_nothing_left();
+            let ends = async {
+                while socket.exists() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            timeout(BOUND, ends).await.expect("somebody listens still");
+        }
+        a_app.delete().await.unwrap();
+        a_pause.delete().await.unwrap();
+        a.assert_nothing_left();
+    });
+}
+
+#[test]
+fn of_several_containers_none_runs_before_all_are_there() {
+    run(|reaper| async move {
+        let mut a = Node::new(&reaper, COUNT, None);
+        let (a_pause, a_app, a_ends) = a.create().await;
+        let a_more = a.another("more", None).await;
+        read_until(&a_more.2.stdout, "n 5\n").await;
+        for works in [false, true] {
+            let mut b = Node::new(&reaper, COUNT, Some(&a));
+            let (b_pause, b_app, b_ends) = b.create().await;
+            let limit = (!works).then_some(400 << 10);
+            let b_more = b.another("more", limit).await;
+            let (sent, received, _) = move_pod(&a, &b, &to(&b.socket(&a))).await;
+            if works {
+                assert_eq!(sent.unwrap(), Sent::Moved);
+                assert_eq!(received.unwrap().processes.len(), 3);
+                read_until(&b_ends.stdout, "n ").await;
+                read_until(&b_more.2.stdout, "n ").await;
+            } else {
+                sent.unwrap_err();
+                received.unwrap_err();
+                // `app` was restored before `more` could not be.
+                assert_eq!(read_now(&b_ends.stdout), "");
+                read_now(&a_ends.stdout);
+                read_until(&a_ends.stdout, "n ").await;
+            }
+            for instance in [b_more.1, b_app, b_pause] {
+                instance.delete().await.unwrap();
+            }
+            b.app.assert_gone();
+            b_more.0.assert_gone();
+        }
+        for instance in [a_more.1, a_app, a_pause] {
+            instance.delete().await.unwrap();
+        }
     });
 }
 
@@ -336,12 +540,21 @@ fn what_cannot_move_is_refused_by_name_before_anything_moves() {
                 a.migration().check(parameters).await.unwrap_err().chain()
             };
             let error = check(&to(&socket)).await;
-            assert!(error.contains("volume /h: only the target has it"), "{error}");
+            assert!(
+                error.contains("volume /h: only the target has it"),
+                "{error}"
+            );
             let (stdio, _ends) = a.app.stdio("e", false);
-            a_app.exec(a.app.exec_spec("e", "sleep 1000", stdio)).await.unwrap();
+            a_app
+                .exec(a.app.exec_spec("e", "sleep 1000", stdio))
+                .await
+                .unwrap();
             a_app.start_exec("e").await.unwrap();
             let error = check(&to(&socket)).await;
-            assert!(error.contains("container app: exec e runs in it"), "{error}");
+            assert!(
+                error.contains("container app: exec e runs in it"),
+                "{error}"
+            );
             a_app.signal(Some("e"), libc::SIGKILL, false).await.unwrap();
             let mut elsewhere = to(&socket);
             elsewhere.destination = "qemu+tls://node2/system".into();

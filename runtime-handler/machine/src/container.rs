@@ -279,10 +279,7 @@ impl Container {
         let container = Arc::clone(self);
         let guest_id = self.guest_id();
         tokio::spawn(async move {
-            match agent
-                .wait(&guest_id, process.exec.as_deref())
-                .await
-            {
+            match agent.wait(&guest_id, process.exec.as_deref()).await {
                 Ok(exit) => {
                     if process.exec.is_none() {
                         container.save_termination(&agent).await;

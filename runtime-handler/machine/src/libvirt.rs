@@ -17,8 +17,8 @@ mod migrate;
 
 pub use migrate::{Job, JobFigures, Of};
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use dyad_runtime_handler::Error;

@@ -251,7 +251,13 @@ impl Machine {
         folder.save(&record)?;
         // A target's is filled by its source.
         let format = !waits;
-        storage::pod_disk(folder.disk(), wanted.disk_gib, capabilities.qemu_user, format).await?;
+        storage::pod_disk(
+            folder.disk(),
+            wanted.disk_gib,
+            capabilities.qemu_user,
+            format,
+        )
+        .await?;
 
         let channel = choose_channel(config.channel, &folder, pod)?;
         let plan = DomainPlan {

@@ -149,7 +149,9 @@ async fn a_layer_that_is_gone_is_named_and_nothing_stays() {
 async fn the_pod_s_disk_is_a_sparse_filesystem_of_the_size_asked_for() {
     let dir = tempfile::tempdir().expect("dir");
     let disk = dir.path().join("disk.img");
-    apply::pod_disk(disk.clone(), 10, None, true).await.expect("disk");
+    apply::pod_disk(disk.clone(), 10, None, true)
+        .await
+        .expect("disk");
     let meta = fs::metadata(&disk).expect("file");
     assert_eq!(meta.len(), 10 << 30);
     assert!(

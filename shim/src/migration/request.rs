@@ -26,7 +26,9 @@ pub fn check(parameters: &MigrationParameters) -> Result<()> {
     }
     for (name, uri) in [("migrate_uri", &p.migrate_uri), ("disks_uri", &p.disks_uri)] {
         if let Some(uri) = uri
-            && !["unix://", "tcp://"].iter().any(|start| uri.starts_with(start))
+            && !["unix://", "tcp://"]
+                .iter()
+                .any(|start| uri.starts_with(start))
         {
             return invalid(format!(
                 "{name} {uri:?}: tcp://HOST[:PORT] and unix:///PATH are known; encryption is \
@@ -37,7 +39,9 @@ pub fn check(parameters: &MigrationParameters) -> Result<()> {
     if p.parallel > PARALLEL_MAX {
         return invalid(format!("parallel {}: at most {PARALLEL_MAX}", p.parallel));
     }
-    if p.max_downtime.is_some_and(|downtime| downtime > DOWNTIME_MAX) {
+    if p.max_downtime
+        .is_some_and(|downtime| downtime > DOWNTIME_MAX)
+    {
         return invalid(format!(
             "max_downtime_ms: at most {} ms",
             DOWNTIME_MAX.as_millis()

@@ -48,9 +48,7 @@ pub fn progress(view: &MigrationView) -> wire::MigrationProgress {
         (None, 0) => (wire::MigrationStage::NONE, ""),
         (None, _) => (stage(view.progress.stage), ""),
         (Some(Outcome::Completed), _) => (wire::MigrationStage::COMPLETED, ""),
-        (Some(Outcome::Abandoned(reason)), _) => {
-            (wire::MigrationStage::ABANDONED, reason.as_str())
-        }
+        (Some(Outcome::Abandoned(reason)), _) => (wire::MigrationStage::ABANDONED, reason.as_str()),
         (Some(Outcome::Lost(reason)), _) => (wire::MigrationStage::LOST, reason.as_str()),
     };
     let figures = &view.progress;

@@ -397,12 +397,9 @@ impl Driver {
 
     fn stats(&mut self, container: &str, reply: Reply<Stats>) {
         let machine_is_off = self.pod.launch.kind == Kind::Machine
-            && self
-                .tasks
-                .get(container)
-                .is_some_and(|task| {
-                    matches!(self.effective(task), State::Stopped | State::Incoming)
-                });
+            && self.tasks.get(container).is_some_and(|task| {
+                matches!(self.effective(task), State::Stopped | State::Incoming)
+            });
         if machine_is_off {
             let _ = reply.send(Err(Error::FailedPrecondition(format!(
                 "{container}: no usage to read: its machine is not on"
@@ -481,12 +478,9 @@ impl Driver {
         let exit = Exit { status: KILLED, at };
         for process in self.processes_in_machine() {
             let container = &process.container;
-            let kept = self
-                .tasks
-                .get(container)
-                .is_some_and(|task| {
-                    matches!(task.phase, Phase::Stopped { .. } | Phase::Incoming { .. })
-                });
+            let kept = self.tasks.get(container).is_some_and(|task| {
+                matches!(task.phase, Phase::Stopped { .. } | Phase::Incoming { .. })
+            });
             match &process.exec {
                 Some(exec) => self.exec_exited(container, exec, exit),
                 // There is nothing left that it could be started in.

@@ -301,8 +301,7 @@ impl Driver {
                 async move { tokio::time::sleep(timeout).await },
                 move |driver, ()| {
                     if let Some(outgoing) = &mut driver.outgoing {
-                        outgoing.reason =
-                            format!("it took longer than {} ms", timeout.as_millis());
+                        outgoing.reason = format!("it took longer than {} ms", timeout.as_millis());
                     }
                     driver.migration_input(number, Input::TimedOut(action));
                 },

@@ -32,7 +32,13 @@ const SETTLE: Duration = Duration::from_secs(10);
 const PLAIN_DEVICES: [(u64, u64); 7] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2)];
 /// Kernel objects without a path that CRIU knows.
 const ANONYMOUS: [&str; 7] = [
-    "[eventpoll]", "[eventfd]", "[signalfd]", "[timerfd]", "inotify", "[fanotify]", "[pidfd]",
+    "[eventpoll]",
+    "[eventfd]",
+    "[signalfd]",
+    "[timerfd]",
+    "inotify",
+    "[fanotify]",
+    "[pidfd]",
 ];
 
 /// An overlay's parts.
@@ -47,14 +53,24 @@ impl Layers {
     pub(crate) fn of(mounts: &[RootMount]) -> Result<Self> {
         let refuse = || {
             Error::FailedPrecondition(
-                "its root file system is no overlay of its image: use the overlayfs snapshotter".into(),
+                "its root file system is no overlay of its image: use the overlayfs snapshotter"
+                    .into(),
             )
         };
         let [mount] = mounts else {
             return Err(refuse());
         };
-        let option = |name: &str| mount.options.iter().find_map(|option| option.strip_prefix(name));
-        match (mount.fstype.as_str(), option("lowerdir="), option("upperdir=")) {
+        let option = |name: &str| {
+            mount
+                .options
+                .iter()
+                .find_map(|option| option.strip_prefix(name))
+        };
+        match (
+            mount.fstype.as_str(),
+            option("lowerdir="),
+            option("upperdir="),
+        ) {
             ("overlay", Some(lower), Some(upper)) if option("uidmap=").is_none() => Ok(Self {
                 lower: lower.split(':').map(PathBuf::from).collect(),
                 upper: upper.into(),
@@ -69,7 +85,11 @@ fn fingerprint(layer: &Path) -> io::Result<String> {
     use std::os::unix::fs::MetadataExt;
     let mut all = Uuid::nil();
     for (path, metadata) in tree::scan(layer)?.iter().skip(1) {
-        let time = if metadata.is_dir() { 0 } else { metadata.mtime() };
+        let time = if metadata.is_dir() {
+            0
+        } else {
+            metadata.mtime()
+        };
         let size = if metadata.is_dir() { 0 } else { metadata.len() };
         let line = format!(
             "{} {:o} {} {} {size} {time}",
@@ -106,8 +126,7 @@ impl Container {
     }
 
     pub(crate) fn layers(&self) -> Result<Layers> {
-        Layers::of(&self.about.mounts)
-            .map_err(|error| Error::FailedPrecondition(self.named(error)))
+        Layers::of(&self.about.mounts).map_err(|error| Error::FailedPrecondition(self.named(error)))
     }
 
     /// Bind mounts by destination, with the directory or file on the host.
@@ -147,7 +166,10 @@ impl Container {
         }
         let lower = self.layers()?.lower;
         let layers = tokio::task::spawn_blocking(move || {
-            lower.iter().map(|dir| fingerprint(dir)).collect::<io::Result<_>>()
+            lower
+                .iter()
+                .map(|dir| fingerprint(dir))
+                .collect::<io::Result<_>>()
         })
         .await
         .unwrap_or_else(|panic| Err(io::Error::other(panic)))
@@ -166,9 +188,9 @@ impl Container {
     fn running(&self) -> Result<Init> {
         let init = self.init()?;
         if !init.started || init.process.exit().is_some() {
-            return Err(Error::FailedPrecondition(
-                self.named("it does not run: a pod moves while all of its containers run"),
-            ));
+            return Err(Error::FailedPrecondition(self.named(
+                "it does not run: a pod moves while all of its containers run",
+            )));
         }
         Ok(init)
     }
@@ -185,10 +207,7 @@ impl Container {
         }
         let layer = self.layers()?.upper;
         for device in tree::devices(&layer).context(|| format!("read {}", layer.display()))? {
-            blocked(format!(
-                "/{} is a device file: remove it",
-                device.display()
-            ));
+            blocked(format!("/{} is a device file: remove it", device.display()));
         }
         let pids = match &init.cgroup {
             Some(cgroup) => cgroup.procs()?,
@@ -229,7 +248,9 @@ impl Container {
             let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
             maps.lines().any(|line| {
                 let mut words = line.split_whitespace();
-                let shared = words.nth(1).is_some_and(|perms| perms.ends_with('s') && perms.contains('w'));
+                let shared = words
+                    .nth(1)
+                    .is_some_and(|perms| perms.ends_with('s') && perms.contains('w'));
                 shared && words.nth(3).is_some_and(|file| file.starts_with('/'))
             })
         })
@@ -259,12 +280,14 @@ impl Container {
     pub(crate) async fn settle(&self) -> Result<Unread> {
         let init = self.running()?;
         let pump = &init.process.pump;
-        let mut unread = pump.hold_stdin().context(|| self.named("look into its stdin"))?;
+        let mut unread = pump
+            .hold_stdin()
+            .context(|| self.named("look into its stdin"))?;
         if unread.closed {
             // Bytes that it was given and did not read yet are known to it alone.
             let stdin = PathBuf::from(format!("/proc/{}/fd/0", init.process.pid));
-            let is_pipe = fs::read_link(&stdin)
-                .is_ok_and(|link| link.to_string_lossy().starts_with("pipe:"));
+            let is_pipe =
+                fs::read_link(&stdin).is_ok_and(|link| link.to_string_lossy().starts_with("pipe:"));
             if is_pipe {
                 unread.bytes = pump::peek(&stdin).context(|| self.named("look into its stdin"))?;
             }
@@ -294,7 +317,7 @@ impl Container {
             fs::create_dir_all(dir).context(|| format!("make {}", dir.display()))?;
         }
         let config = work.join("criu.conf");
-        fs::write(&config, plan::criu_config(tcp_established, &[]))
+        fs::write(&config, plan::criu_config(tcp_established, &[], false))
             .context(|| format!("write {}", config.display()))?;
         let parent = parent.map(|parent| Path::new("..").join(parent));
         let command = Command::Checkpoint {
@@ -323,19 +346,20 @@ impl Container {
         }
     }
 
-    /// Goes on from the images in `dir/dump`.
+    /// Goes on from the images in `dir/dump`; `hold`: once it is [`Self::release`]d.
     pub(crate) async fn restore(
         &self,
         criu: &Criu,
         dir: &Path,
         unread: &Unread,
         tcp_established: bool,
+        hold: bool,
     ) -> Result<u32> {
         let work = dir.join("restore-work");
         fs::create_dir_all(&work).context(|| format!("make {}", work.display()))?;
         let join = plan::joined_namespaces(&self.read_spec()?);
         let config = work.join("criu.conf");
-        fs::write(&config, plan::criu_config(tcp_established, &join))
+        fs::write(&config, plan::criu_config(tcp_established, &join, hold))
             .context(|| format!("write {}", config.display()))?;
         let images = Images {
             dir: &dir.join("dump"),
@@ -349,6 +373,18 @@ impl Container {
         };
         let arrived = self.arrive(&images).await;
         arrived.map_err(|error| self.explained(error, &work.join("restore.log")))
+    }
+}
+
+impl Container {
+    /// Lets one go on that was restored to hold.
+    pub(crate) async fn release(&self) -> Result<()> {
+        match self.init()?.cgroup {
+            Some(cgroup) => cgroup.signal_all(libc::SIGCONT).await,
+            None => Err(Error::FailedPrecondition(
+                self.named("it came up without a cgroup"),
+            )),
+        }
     }
 }
 
@@ -460,7 +496,10 @@ mod tests {
             let dir = temp.path().join(name);
             fs::create_dir_all(dir.join("bin")).unwrap();
             fs::write(dir.join("bin/x"), content).unwrap();
-            let file = fs::File::options().write(true).open(dir.join("bin/x")).unwrap();
+            let file = fs::File::options()
+                .write(true)
+                .open(dir.join("bin/x"))
+                .unwrap();
             file.set_modified(time).unwrap();
             fingerprint(&dir).unwrap()
         };

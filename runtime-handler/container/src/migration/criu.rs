@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command as Program, Stdio};
 use std::sync::Arc;
 
+use dyad_runtime_handler::check::Check;
 use dyad_runtime_handler::config::ContainerConfig;
 use dyad_runtime_handler::error::{Error, Result};
 use dyad_runtime_handler::pump::Fd;
@@ -56,6 +57,45 @@ pub(crate) fn find(config: &ContainerConfig) -> Result<PathBuf> {
     }
 }
 
+/// CRIU for [`Check`]'s report: without it pods run, but cannot migrate. Must not be
+/// called in a process that has a [`Reaper`].
+pub(crate) fn check(config: &ContainerConfig) -> Check {
+    let found = find(config).and_then(|binary| {
+        let failed =
+            |why: String| Error::FailedPrecondition(format!("{}: {why}", binary.display()));
+        let run = |arguments: &[&str]| {
+            let output = Program::new(&binary)
+                .args(arguments)
+                .stdin(Stdio::null())
+                .output()
+                .map_err(|error| failed(error.to_string()))?;
+            let text = [output.stdout, output.stderr].concat();
+            let text = String::from_utf8_lossy(&text).into_owned();
+            Ok::<_, Error>((output.status.success(), text))
+        };
+        let (major, minor) = plan::criu_version(&run(&["--version"])?.1).map_err(failed)?;
+        let (fine, text) = run(&["check"])?;
+        if !fine {
+            let why = plan::criu_errors(&text).unwrap_or(text);
+            return Err(failed(format!("`criu check` says: {}", why.trim())));
+        }
+        let (tracks, _) = run(&["check", "--feature", "mem_dirty_track"])?;
+        Ok(format!(
+            "{} {major}.{minor}{}",
+            binary.display(),
+            if tracks {
+                ""
+            } else {
+                "; this kernel does not track memory, so it is copied while a pod stands still"
+            }
+        ))
+    });
+    match found {
+        Ok(found) => Check::ok("criu", found),
+        Err(error) => Check::warn("criu", error.chain(), MEND),
+    }
+}
+
 impl Criu {
     /// Asks the one at `binary`.
     ///
@@ -63,7 +103,10 @@ impl Criu {
     /// `FailedPrecondition`: it cannot be run, is too old, or this kernel is not for it.
     pub(crate) async fn ask(binary: PathBuf, reaper: &Arc<Reaper>) -> Result<Self> {
         let refuse = |why: String| {
-            Error::FailedPrecondition(format!("cannot migrate: {}: {why}: {MEND}", binary.display()))
+            Error::FailedPrecondition(format!(
+                "cannot migrate: {}: {why}: {MEND}",
+                binary.display()
+            ))
         };
         let run = async |arguments: &[&str]| {
             run(&binary, arguments, reaper)
@@ -129,7 +172,10 @@ mod tests {
             ..ContainerConfig::default()
         };
         let error = find(&config("/nowhere/criu")).unwrap_err().to_string();
-        assert!(error.contains("install CRIU") && error.contains("/nowhere/criu"), "{error}");
+        assert!(
+            error.contains("install CRIU") && error.contains("/nowhere/criu"),
+            "{error}"
+        );
         let error = find(&config("/usr/sbin/criu-4")).unwrap_err().to_string();
         assert!(error.contains("called so"), "{error}");
     }

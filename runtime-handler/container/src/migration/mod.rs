@@ -44,7 +44,7 @@ use dyad_runtime_handler::spec::Role;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-pub(crate) use self::criu::{Criu, find as find_criu};
+pub(crate) use self::criu::{Criu, check, find as find_criu};
 use self::plan::{Manifest, Volume};
 use crate::container::Container;
 use crate::handler::{Containers, Folders};
@@ -180,9 +180,9 @@ impl Containers {
     }
 
     pub(crate) async fn criu(&self) -> Result<Criu> {
-        let criu = self.criu.get_or_try_init(async || {
-            Criu::ask(criu::find(&self.config)?, &self.reaper).await
-        });
+        let criu = self
+            .criu
+            .get_or_try_init(async || Criu::ask(criu::find(&self.config)?, &self.reaper).await);
         criu.await.cloned()
     }
 

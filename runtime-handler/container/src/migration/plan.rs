@@ -18,7 +18,16 @@ use serde::{Deserialize, Serialize};
 const CRIU_OLDEST: (u32, u32) = (4, 0);
 /// Filesystems that show the same files on every node.
 const SHARED: [&str; 10] = [
-    "nfs", "nfs4", "ceph", "cephfs", "glusterfs", "fuse.glusterfs", "lustre", "beegfs", "gpfs", "cifs",
+    "nfs",
+    "nfs4",
+    "ceph",
+    "cephfs",
+    "glusterfs",
+    "fuse.glusterfs",
+    "lustre",
+    "beegfs",
+    "gpfs",
+    "cifs",
 ];
 
 /// Where a pod is to go.
@@ -51,7 +60,9 @@ impl Destination {
             return Err(invalid("it has no scheme"));
         };
         let address = || -> Result<(String, u16)> {
-            let (host, port) = rest.rsplit_once(':').ok_or_else(|| invalid("it has no port"))?;
+            let (host, port) = rest
+                .rsplit_once(':')
+                .ok_or_else(|| invalid("it has no port"))?;
             let port = port.parse().ok().filter(|port| *port != 0);
             let port = port.ok_or_else(|| invalid("its port is no number from 1 to 65535"))?;
             let host = host
@@ -97,7 +108,9 @@ impl Destination {
                 }
                 Ok(Self::Tcp { host, port })
             }
-            _ => Err(invalid(&format!("scheme {scheme:?} is unknown for containers"))),
+            _ => Err(invalid(&format!(
+                "scheme {scheme:?} is unknown for containers"
+            ))),
         }
     }
 }
@@ -349,7 +362,9 @@ fn compare_containers(source: &Described, target: &Described) -> Vec<String> {
         .zip(source.stdio.iter().zip(&target.stdio))
     {
         if here != there {
-            found.push(format!("{name} is open on one side only: use the same spec"));
+            found.push(format!(
+                "{name} is open on one side only: use the same spec"
+            ));
         }
     }
     for (destination, here) in &source.mounts {
@@ -407,10 +422,13 @@ fn version((major, minor): (u32, u32)) -> String {
 ///
 /// Without open connections nothing has to be kept from the network while it works. A
 /// restored process joins the namespaces of its pod; the network is the OCI runtime's
-/// business.
-pub(crate) fn criu_config(tcp_established: bool, join: &[(&str, PathBuf)]) -> String {
+/// business. `hold`: what is restored waits for SIGCONT.
+pub(crate) fn criu_config(tcp_established: bool, join: &[(&str, PathBuf)], hold: bool) -> String {
     let lock = if tcp_established { "nftables" } else { "skip" };
     let mut text = format!("network-lock {lock}\nghost-limit 268435456\nlink-remap\n");
+    if hold {
+        text.push_str("leave-stopped\n");
+    }
     for (namespace, path) in join {
         text.push_str(&format!("join-ns {namespace}:{}\n", path.display()));
     }
@@ -525,7 +543,10 @@ mod tests {
 
     use super::*;
 
-    fn destination(uri: &str, change: impl Fn(&mut MigrationParameters, &mut ContainerConfig)) -> Result<Destination> {
+    fn destination(
+        uri: &str,
+        change: impl Fn(&mut MigrationParameters, &mut ContainerConfig),
+    ) -> Result<Destination> {
         let mut parameters = MigrationParameters {
             destination: uri.into(),
             ..MigrationParameters::default()
@@ -540,10 +561,19 @@ mod tests {
         let tls = |_: &mut MigrationParameters, config: &mut ContainerConfig| {
             config.migration_tls = Some("/etc/dyad/tls".into());
         };
-        let host = |host: &str| Destination::Tls { host: host.into(), port: 7 };
-        assert_eq!(destination("unix:///run/m.sock", tls).unwrap(), Destination::Unix("/run/m.sock".into()));
+        let host = |host: &str| Destination::Tls {
+            host: host.into(),
+            port: 7,
+        };
+        assert_eq!(
+            destination("unix:///run/m.sock", tls).unwrap(),
+            Destination::Unix("/run/m.sock".into())
+        );
         assert_eq!(destination("tls://node2:7", tls).unwrap(), host("node2"));
-        assert_eq!(destination("tls://[fd00::2]:7", tls).unwrap(), host("fd00::2"));
+        assert_eq!(
+            destination("tls://[fd00::2]:7", tls).unwrap(),
+            host("fd00::2")
+        );
         for (uri, says) in [
             ("", "no scheme"),
             ("node2", "no scheme"),
@@ -614,7 +644,13 @@ mod tests {
             mounts: BTreeMap::from([
                 ("/cache".into(), Volume::Copied),
                 ("/etc/hosts".into(), Volume::Own),
-                ("/data".into(), Volume::Shared { fstype: "nfs4".into(), source: "nas:/a".into() }),
+                (
+                    "/data".into(),
+                    Volume::Shared {
+                        fstype: "nfs4".into(),
+                        source: "nas:/a".into(),
+                    },
+                ),
             ]),
         };
         Manifest {
@@ -634,22 +670,108 @@ mod tests {
         assert_eq!(compare(&manifest(), &manifest()), Ok(()));
         let changes: [(Change, &str); 15] = [
             (|_, t| t.arch = "aarch64".into(), "processors are aarch64"),
-            (|_, t| { t.cpu_flags.remove("avx2"); }, "lack 1 features that the source's have (avx2)"),
-            (|_, t| t.criu = (4, 1), "CRIU 4.1 is older than the source's 4.2"),
-            (|s, _| { s.addresses.insert([10, 0, 0, 7].into()); }, "bound to 10.0.0.7"),
-            (|s, _| s.bytes = 200 << 20, "no space: 200 MiB are wanted, the target has 100"),
-            (|s, _| { s.containers.clear(); }, "container app: only the target has it"),
-            (|_, t| { t.containers.clear(); }, "create it there first"),
-            (|_, t| t.containers.get_mut("app").unwrap().layers.push("l0".into()), "image has other content"),
-            (|_, t| t.containers.get_mut("app").unwrap().stdio[0] = true, "stdin is open on one side only"),
-            (|_, t| { t.containers.get_mut("app").unwrap().mounts.remove("/cache"); }, "volume /cache: the target has no such"),
-            (|s, _| { s.containers.get_mut("app").unwrap().mounts.remove("/cache"); }, "volume /cache: only the target"),
-            (|s, t| for m in [s, t] {
-                m.containers.get_mut("app").unwrap().mounts.insert("/h".into(), Volume::Local { source: "/srv".into() });
-            }, "this node's /srv (hostPath"),
-            (|_, t| { t.containers.get_mut("app").unwrap().mounts.insert("/cache".into(), Volume::Local { source: "/srv".into() }); }, "the target node's own /srv"),
-            (|_, t| { t.containers.get_mut("app").unwrap().mounts.insert("/data".into(), Volume::Shared { fstype: "nfs4".into(), source: "nas:/b".into() }); }, "another volume"),
-            (|s, t| { s.bytes = 0; t.containers.clear(); t.arch = "x".into(); }, "; container app"),
+            (
+                |_, t| {
+                    t.cpu_flags.remove("avx2");
+                },
+                "lack 1 features that the source's have (avx2)",
+            ),
+            (
+                |_, t| t.criu = (4, 1),
+                "CRIU 4.1 is older than the source's 4.2",
+            ),
+            (
+                |s, _| {
+                    s.addresses.insert([10, 0, 0, 7].into());
+                },
+                "bound to 10.0.0.7",
+            ),
+            (
+                |s, _| s.bytes = 200 << 20,
+                "no space: 200 MiB are wanted, the target has 100",
+            ),
+            (
+                |s, _| {
+                    s.containers.clear();
+                },
+                "container app: only the target has it",
+            ),
+            (
+                |_, t| {
+                    t.containers.clear();
+                },
+                "create it there first",
+            ),
+            (
+                |_, t| {
+                    t.containers
+                        .get_mut("app")
+                        .unwrap()
+                        .layers
+                        .push("l0".into())
+                },
+                "image has other content",
+            ),
+            (
+                |_, t| t.containers.get_mut("app").unwrap().stdio[0] = true,
+                "stdin is open on one side only",
+            ),
+            (
+                |_, t| {
+                    t.containers.get_mut("app").unwrap().mounts.remove("/cache");
+                },
+                "volume /cache: the target has no such",
+            ),
+            (
+                |s, _| {
+                    s.containers.get_mut("app").unwrap().mounts.remove("/cache");
+                },
+                "volume /cache: only the target",
+            ),
+            (
+                |s, t| {
+                    for m in [s, t] {
+                        m.containers.get_mut("app").unwrap().mounts.insert(
+                            "/h".into(),
+                            Volume::Local {
+                                source: "/srv".into(),
+                            },
+                        );
+                    }
+                },
+                "this node's /srv (hostPath",
+            ),
+            (
+                |_, t| {
+                    t.containers.get_mut("app").unwrap().mounts.insert(
+                        "/cache".into(),
+                        Volume::Local {
+                            source: "/srv".into(),
+                        },
+                    );
+                },
+                "the target node's own /srv",
+            ),
+            (
+                |_, t| {
+                    t.containers.get_mut("app").unwrap().mounts.insert(
+                        "/data".into(),
+                        Volume::Shared {
+                            fstype: "nfs4".into(),
+                            source: "nas:/b".into(),
+                        },
+                    );
+                },
+                "another volume",
+            ),
+            (
+                |s, t| {
+                    s.bytes = 0;
+                    t.containers.clear();
+                    t.arch = "x".into();
+                },
+                "; container app",
+            ),
         ];
         for (change, says) in changes {
             let (mut source, mut target) = (manifest(), manifest());
@@ -683,18 +805,57 @@ mod tests {
     fn volumes_are_told_apart_by_where_they_come_from() {
         let pod = "/var/lib/kubelet/pods/u1";
         for (destination, source, expected) in [
-            ("/c", &*format!("{pod}/volumes/kubernetes.io~empty-dir/c"), Volume::Copied),
+            (
+                "/c",
+                &*format!("{pod}/volumes/kubernetes.io~empty-dir/c"),
+                Volume::Copied,
+            ),
             ("/dev/shm", "/run/containerd/x/shm", Volume::Copied),
-            ("/cm", &format!("{pod}/volumes/kubernetes.io~configmap/cm"), Volume::Own),
-            ("/var/run/secrets/kubernetes.io/serviceaccount", &format!("{pod}/volumes/kubernetes.io~projected/t"), Volume::Own),
+            (
+                "/cm",
+                &format!("{pod}/volumes/kubernetes.io~configmap/cm"),
+                Volume::Own,
+            ),
+            (
+                "/var/run/secrets/kubernetes.io/serviceaccount",
+                &format!("{pod}/volumes/kubernetes.io~projected/t"),
+                Volume::Own,
+            ),
             ("/etc/hosts", &format!("{pod}/etc-hosts"), Volume::Own),
             ("/tl", &format!("{pod}/containers/app/12ab"), Volume::Own),
-            ("/d", "/mnt/nas/vol/a", Volume::Shared { fstype: "nfs4".into(), source: "nas:/export/vol/a".into() }),
-            ("/d", "/mnt/nas/local/a", Volume::Local { source: "/mnt/nas/local/a".into() }),
-            ("/h", "/srv/www", Volume::Local { source: "/srv/www".into() }),
-            ("/h", &format!("{pod}/volume-subpaths/v/app/0"), Volume::Local { source: format!("{pod}/volume-subpaths/v/app/0") }),
+            (
+                "/d",
+                "/mnt/nas/vol/a",
+                Volume::Shared {
+                    fstype: "nfs4".into(),
+                    source: "nas:/export/vol/a".into(),
+                },
+            ),
+            (
+                "/d",
+                "/mnt/nas/local/a",
+                Volume::Local {
+                    source: "/mnt/nas/local/a".into(),
+                },
+            ),
+            (
+                "/h",
+                "/srv/www",
+                Volume::Local {
+                    source: "/srv/www".into(),
+                },
+            ),
+            (
+                "/h",
+                &format!("{pod}/volume-subpaths/v/app/0"),
+                Volume::Local {
+                    source: format!("{pod}/volume-subpaths/v/app/0"),
+                },
+            ),
         ] {
-            let mount: OciMount = serde_json::from_value(json!({"destination": destination, "source": source})).unwrap();
+            let mount: OciMount =
+                serde_json::from_value(json!({"destination": destination, "source": source}))
+                    .unwrap();
             assert_eq!(volume(&mount, MOUNTINFO), expected, "{source}");
         }
     }
@@ -710,12 +871,38 @@ mod tests {
         };
         assert_eq!(named(|_| {}), None);
         for (change, says) in [
-            ((|s| s["linux"]["namespaces"][0] = json!({"type": "mount"})) as fn(&mut Value), "hostPID"),
-            (|s| s["linux"]["namespaces"][0]["path"] = "/p".into(), "shareProcessNamespace"),
-            (|s| s["linux"]["namespaces"][1] = json!({"type": "mount"}), "hostNetwork"),
-            (|s| s["linux"]["namespaces"][2] = json!({"type": "mount"}), "hostIPC"),
-            (|s| s["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"})), "hostUsers"),
-            (|s| s["linux"]["devices"] = json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]), "/dev/kvm"),
+            (
+                (|s| s["linux"]["namespaces"][0] = json!({"type": "mount"})) as fn(&mut Value),
+                "hostPID",
+            ),
+            (
+                |s| s["linux"]["namespaces"][0]["path"] = "/p".into(),
+                "shareProcessNamespace",
+            ),
+            (
+                |s| s["linux"]["namespaces"][1] = json!({"type": "mount"}),
+                "hostNetwork",
+            ),
+            (
+                |s| s["linux"]["namespaces"][2] = json!({"type": "mount"}),
+                "hostIPC",
+            ),
+            (
+                |s| {
+                    s["linux"]["namespaces"]
+                        .as_array_mut()
+                        .unwrap()
+                        .push(json!({"type": "user"}))
+                },
+                "hostUsers",
+            ),
+            (
+                |s| {
+                    s["linux"]["devices"] =
+                        json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}])
+                },
+                "/dev/kvm",
+            ),
         ] {
             let blocker = named(change).unwrap_or_default();
             assert!(blocker.contains(says), "{blocker:?}");
@@ -728,21 +915,28 @@ mod tests {
     fn crius_version_and_errors_are_found_in_its_words() {
         assert_eq!(criu_version("Version: 4.2.1\nGitID: x"), Ok((4, 2)));
         assert_eq!(criu_version("Version: 5"), Ok((5, 0)));
-        for (text, says) in [("Version: 3.17.1", "too old: 4.0"), ("", "cannot be read"), ("Version: x.y", "understood")] {
+        for (text, says) in [
+            ("Version: 3.17.1", "too old: 4.0"),
+            ("", "cannot be read"),
+            ("Version: x.y", "understood"),
+        ] {
             assert!(criu_version(text).unwrap_err().contains(says), "{text}");
         }
         let log = "(00.1) Error (criu/util.c:1534): rlimit: Can't setup RLIMIT_NOFILE for self
 (00.2) Warn  (criu/x.c:1): careful
 (00.3) Error (criu/sk-inet.c:191): inet: Connected TCP socket, consider using --tcp-established option.
 (00.4) Error (criu/cr-dump.c:1975): Dumping FAILED.";
-        assert_eq!(criu_errors(log).unwrap(), "inet: Connected TCP socket, consider using --tcp-established option.");
+        assert_eq!(
+            criu_errors(log).unwrap(),
+            "inet: Connected TCP socket, consider using --tcp-established option."
+        );
         assert_eq!(criu_errors("all is well"), None);
     }
 
     #[test]
     fn criu_joins_the_namespaces_of_the_target_pod() {
         assert_eq!(
-            criu_config(false, &[]),
+            criu_config(false, &[], false),
             "network-lock skip\nghost-limit 268435456\nlink-remap\n"
         );
         let spec = json!({"ociVersion": "1.2.0", "linux": {"namespaces": [
@@ -750,8 +944,8 @@ mod tests {
             {"type": "uts", "path": "/proc/7/ns/uts"}, {"type": "network", "path": "/n"}]}});
         let join = joined_namespaces(&serde_json::from_value(spec).unwrap());
         assert_eq!(
-            criu_config(true, &join),
-            "network-lock nftables\nghost-limit 268435456\nlink-remap\njoin-ns ipc:/proc/7/ns/ipc\njoin-ns uts:/proc/7/ns/uts\n"
+            criu_config(true, &join, true),
+            "network-lock nftables\nghost-limit 268435456\nlink-remap\nleave-stopped\njoin-ns ipc:/proc/7/ns/ipc\njoin-ns uts:/proc/7/ns/uts\n"
         );
     }
 
@@ -765,8 +959,14 @@ mod tests {
    3: 0700000A";
         let found = sockets(text, true);
         assert_eq!(found.len(), 2, "{found:?}");
-        assert_eq!((found[0].local, found[0].connected), ([127, 0, 0, 1].into(), false));
-        assert_eq!((found[1].local, found[1].remote_port), ([10, 0, 0, 7].into(), 0xd431));
+        assert_eq!(
+            (found[0].local, found[0].connected),
+            ([127, 0, 0, 1].into(), false)
+        );
+        assert_eq!(
+            (found[1].local, found[1].remote_port),
+            ([10, 0, 0, 7].into(), 0xd431)
+        );
         assert!(found[1].connected);
         let v6 = "h\n 0: 0000000000000000FFFF00000700000A:0050 00000000000000000000000000000000:0000 07 0";
         assert_eq!(sockets(v6, false)[0].local, IpAddr::from([10, 0, 0, 7]));

@@ -63,9 +63,16 @@ impl Containers {
         let attempt = Uuid::new_v4().to_string();
         let members = self.members();
         let criu = self.criu().await?;
-        self.greet(parameters, &destination, &attempt, Purpose::Check, &members, &criu)
-            .await
-            .map(drop)
+        self.greet(
+            parameters,
+            &destination,
+            &attempt,
+            Purpose::Check,
+            &members,
+            &criu,
+        )
+        .await
+        .map(drop)
     }
 
     fn identity(&self) -> Result<String> {
@@ -99,8 +106,7 @@ impl Containers {
             manifest.addresses.extend(seen.addresses);
             memory_bytes += seen.memory_bytes;
             let layer = container.layers()?.upper;
-            manifest.bytes +=
-                tree::size(&layer).context(|| format!("read {}", layer.display()))?;
+            manifest.bytes += tree::size(&layer).context(|| format!("read {}", layer.display()))?;
         }
         for (_, _, dir) in Self::copied_volumes(members)? {
             manifest.bytes += tree::size(&dir).context(|| format!("read {}", dir.display()))?;
@@ -175,7 +181,11 @@ impl Containers {
             memory_bytes,
             meter,
             job,
-            scratch: Scratch::new(self.folders.checkpoints.join(format!("out-{}", self.identity()?)))?,
+            scratch: Scratch::new(
+                self.folders
+                    .checkpoints
+                    .join(format!("out-{}", self.identity()?)),
+            )?,
         };
         let copied = tokio::select! {
             biased;
@@ -342,7 +352,11 @@ impl Attempt<'_> {
                 .dump(&self.criu, &dir, "dump", parent.as_deref(), false, tcp)
                 .await?;
         }
-        if self.members.values().any(|container| container.maps_files_to_write()) {
+        if self
+            .members
+            .values()
+            .any(|container| container.maps_files_to_write())
+        {
             self.roots.iter_mut().for_each(|root| root.sent.distrust());
         }
         let mut images = 0;
@@ -375,7 +389,9 @@ impl Attempt<'_> {
     /// last set of images and how much it was.
     async fn copy_memory(&self, wire: &mut Wire) -> Result<Option<(String, u64)>> {
         if !self.criu.tracks_memory {
-            log::info!("this kernel does not track memory for CRIU: it is copied while the pod is frozen");
+            log::info!(
+                "this kernel does not track memory for CRIU: it is copied while the pod is frozen"
+            );
             return Ok(None);
         }
         let mut written = Vec::new();

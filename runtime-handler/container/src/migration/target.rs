@@ -23,19 +23,17 @@ use dyad_runtime_handler::migration::Arrival;
 use dyad_runtime_handler::pump::Unread;
 use tokio::time::timeout;
 
+use super::Scratch;
 use super::criu::Criu;
 use super::plan::{self, Manifest, Volume};
 use super::transport::Listener;
 use super::tree::Receiver;
 use super::wire::{Goes, Message, Outcome, PROTOCOL, Place, Purpose, Wire, broken};
-use super::Scratch;
 use crate::container::Container;
 use crate::handler::{Containers, check_name};
 
 /// A peer that was let in says who it is within this.
 const GREETING: Duration = Duration::from_secs(60);
-/// How long the outcome is kept for a source that has not said that it knows.
-const REMEMBERED: Duration = Duration::from_secs(3600);
 
 type Members = BTreeMap<String, Arc<Container>>;
 
@@ -69,7 +67,9 @@ impl Containers {
         };
         let members = self.members();
         let scratch = Scratch::new(self.folders.checkpoints.join(format!("in-{source}")))?;
-        let taken = self.take(&mut guest.wire, &members, &criu, &scratch.0).await;
+        let taken = self
+            .take(&mut guest.wire, &members, &criu, &scratch.0)
+            .await;
         let (outcome, arrived) = match taken {
             Ok(arrival) => (Outcome::Running, Ok(arrival)),
             Err(error) => {
@@ -83,12 +83,13 @@ impl Containers {
             }
         };
         let told = guest.wire.send(&Message::Outcome(outcome.clone())).await;
-        // Not awaited: the pod runs, or has failed, whoever knows.
-        tokio::spawn(answer(listener, guest, outcome, told.is_ok()));
         if arrived.is_ok() {
+            // Not awaited: the pod runs, whoever knows.
+            tokio::spawn(answer(listener, guest, outcome, told.is_ok()));
             self.arrived();
             members.values().for_each(|container| container.settle_in());
         }
+        // Else a source that asks finds nobody, and that is an answer, too.
         arrived
     }
 
@@ -112,7 +113,10 @@ impl Containers {
                 wire.send(&aborted).await?;
                 return Ok(None);
             }
-            let refusal = match self.compare(&mut wire, protocol, &theirs, source, criu).await? {
+            let refusal = match self
+                .compare(&mut wire, protocol, &theirs, source, criu)
+                .await?
+            {
                 Ok(()) => None,
                 Err(reason) => Some(reason),
             };
@@ -165,7 +169,9 @@ impl Containers {
         let mut own = self.describe(criu, &members).await?;
         own.bytes = super::free_bytes(&self.folders.checkpoints)?;
         for container in members.values() {
-            own.bytes = own.bytes.min(super::free_bytes(&container.layers()?.upper)?);
+            own.bytes = own
+                .bytes
+                .min(super::free_bytes(&container.layers()?.upper)?);
         }
         if let Some(sandbox) = self.sandbox() {
             own.addresses = super::addresses_of(sandbox.init()?.process.pid)?;
@@ -189,15 +195,23 @@ impl Containers {
             container.remount()?;
         }
         let given = given?;
+        // Of several, none runs before all are there: one that cannot be restored must not
+        // have been preceded by others that did something.
+        let hold = members.len() > 1;
         let mut processes = Vec::new();
         for (name, container) in members {
             let nothing = Unread::default();
             let unread = given.unread.get(name).unwrap_or(&nothing);
             let dir = scratch.join(name);
             let pid = container
-                .restore(criu, &dir, unread, given.tcp_established)
+                .restore(criu, &dir, unread, given.tcp_established, hold)
                 .await?;
             processes.push((ProcessId::init(container.id()), pid));
+        }
+        if hold {
+            for container in members.values() {
+                container.release().await?;
+            }
         }
         if let Some(sandbox) = self.sandbox() {
             processes.push((ProcessId::init(sandbox.id()), sandbox.init()?.process.pid));
@@ -276,7 +290,9 @@ fn receiver(place: &Place, members: &Members, scratch: &Path) -> Result<Receiver
                 .find(|(at, _, volume)| at == destination && *volume == Volume::Copied);
             match volume {
                 Some((_, dir, _)) => Receiver::new(&dir),
-                None => Err(broken(format!("files of {destination:?}, which is no volume of the pod's own"))),
+                None => Err(broken(format!(
+                    "files of {destination:?}, which is no volume of the pod's own"
+                ))),
             }
         }
         Place::Images { container, set } => {
@@ -289,25 +305,22 @@ fn receiver(place: &Place, members: &Members, scratch: &Path) -> Result<Receiver
     }
 }
 
-/// Tells the outcome to a source that has not heard it, until it knows.
+/// Tells the outcome to a source that has not heard it, until it knows: as long as this
+/// process lives, since a source that finds nobody runs the pod again.
 async fn answer(listener: Listener, mut guest: Guest, outcome: Outcome, told: bool) {
     if told && matches!(guest.wire.receive().await, Ok(Message::Known)) {
         return;
     }
     let Guest { wire, attempt } = guest;
     drop(wire);
-    let answering = async {
-        loop {
-            let mut wire = listener.accept().await;
-            match answer_one(&mut wire, &attempt, &outcome).await {
-                Ok(true) => return,
-                Ok(false) => {}
-                Err(error) => log::debug!("tell the outcome: {}", error.chain()),
-            }
+    log::warn!("the migration source may not know that the pod runs here; waiting for it to ask");
+    loop {
+        let mut wire = listener.accept().await;
+        match answer_one(&mut wire, &attempt, &outcome).await {
+            Ok(true) => return,
+            Ok(false) => {}
+            Err(error) => log::debug!("tell the outcome: {}", error.chain()),
         }
-    };
-    if timeout(REMEMBERED, answering).await.is_err() {
-        log::warn!("the migration source never asked how it went");
     }
 }
 

@@ -153,7 +153,11 @@ impl Identity {
                 "this node has no certificates: set container.migration_tls to a folder with ca.pem, cert.pem and key.pem".into(),
             )
         })?;
-        let (ca, cert, key) = (dir.join("ca.pem"), dir.join("cert.pem"), dir.join("key.pem"));
+        let (ca, cert, key) = (
+            dir.join("ca.pem"),
+            dir.join("cert.pem"),
+            dir.join("key.pem"),
+        );
         let mut roots = RootCertStore::empty();
         for root in certificates(&ca)? {
             roots
@@ -248,8 +252,7 @@ impl Listener {
         }
         let mut files = Files(Vec::new());
         let _ = fs::remove_file(&path);
-        let unix =
-            UnixListener::bind(&path).context(|| format!("listen on {}", path.display()))?;
+        let unix = UnixListener::bind(&path).context(|| format!("listen on {}", path.display()))?;
         files.0.push(path.clone());
         fs::set_permissions(&path, Permissions::from_mode(0o600))
             .context(|| format!("make {} root's", path.display()))?;
@@ -362,7 +365,8 @@ mod tests {
             .map(|_| {
                 let mut ca = CertificateParams::new(Vec::new()).unwrap();
                 ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-                let issuer = CertifiedIssuer::self_signed(ca, KeyPair::generate().unwrap()).unwrap();
+                let issuer =
+                    CertifiedIssuer::self_signed(ca, KeyPair::generate().unwrap()).unwrap();
                 let key = KeyPair::generate().unwrap();
                 let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
                 let cert = CertificateParams::new(names).unwrap();
@@ -393,14 +397,22 @@ mod tests {
         let config = ContainerConfig::default();
         let listener = Listener::bind(dir.path(), SOURCE, &config).await.unwrap();
         let path = dir.path().join(format!("{SOURCE}.sock"));
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        let again = Listener::bind(dir.path(), SOURCE, &config).await.err().unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        let again = Listener::bind(dir.path(), SOURCE, &config)
+            .await
+            .err()
+            .unwrap();
         assert!(again.to_string().contains("another pod"), "{again}");
         // It looked whether somebody is there.
         assert!(listener.accept().await.receive().await.is_err());
         let destination = Destination::Unix(path.clone());
-        let (mut here, mut there) =
-            tokio::join!(async { connect(&destination, &config).await.unwrap() }, listener.accept());
+        let (mut here, mut there) = tokio::join!(
+            async { connect(&destination, &config).await.unwrap() },
+            listener.accept()
+        );
         here.send(&Message::Accept).await.unwrap();
         assert_eq!(there.receive().await.unwrap(), Message::Accept);
         drop(listener);
@@ -408,7 +420,11 @@ mod tests {
         let nobody = connect(&destination, &config).await.err().unwrap();
         assert!(matches!(nobody, Failed::Nobody(_)));
         fs::write(&path, "").unwrap();
-        drop(Listener::bind(dir.path(), SOURCE, &config).await.expect("a stale file is replaced"));
+        drop(
+            Listener::bind(dir.path(), SOURCE, &config)
+                .await
+                .expect("a stale file is replaced"),
+        );
     }
 
     #[tokio::test]
@@ -430,17 +446,35 @@ mod tests {
         let dial = async {
             // Turned away: another authority's, no TLS at all, another name.
             assert!(connect(&tls("localhost"), stranger).await.is_err());
-            let mut clear = connect(&Destination::Tcp { host: "127.0.0.1".into(), port }, ours).await.unwrap();
+            let mut clear = connect(
+                &Destination::Tcp {
+                    host: "127.0.0.1".into(),
+                    port,
+                },
+                ours,
+            )
+            .await
+            .unwrap();
             assert!(clear.send(&Message::Accept).await.is_err() || clear.receive().await.is_err());
             assert!(connect(&tls("127.0.0.2"), ours).await.is_err());
-            let mut wire = connect(&tls("127.0.0.1"), ours).await.map_err(Error::from).unwrap();
+            let mut wire = connect(&tls("127.0.0.1"), ours)
+                .await
+                .map_err(Error::from)
+                .unwrap();
             wire.send(&Message::Accept).await.unwrap();
             assert_eq!(wire.receive().await.unwrap(), Message::End);
         };
         tokio::join!(serve, dial);
         let none = ContainerConfig::default();
-        let error: Error = connect(&tls("127.0.0.1"), &none).await.err().unwrap().into();
-        assert!(error.to_string().contains("container.migration_tls"), "{error}");
+        let error: Error = connect(&tls("127.0.0.1"), &none)
+            .await
+            .err()
+            .unwrap()
+            .into();
+        assert!(
+            error.to_string().contains("container.migration_tls"),
+            "{error}"
+        );
     }
 
     #[tokio::test]
@@ -458,7 +492,10 @@ mod tests {
             ("udp://127.0.0.1:0", "scheme is unknown"),
         ] {
             config.migration_listen = Some(uri.into());
-            let error = Listener::bind(dir.path(), SOURCE, &config).await.err().unwrap();
+            let error = Listener::bind(dir.path(), SOURCE, &config)
+                .await
+                .err()
+                .unwrap();
             assert!(error.to_string().contains(says), "{error}");
         }
         config.migration_clear = true;

@@ -440,8 +440,7 @@ impl Receiver {
                 }
                 Message::Removed { path } => {
                     let below = below(&path)?;
-                    self.remove(&below)
-                        .context(|| format!("remove {path}"))?;
+                    self.remove(&below).context(|| format!("remove {path}"))?;
                 }
                 Message::End => return self.end().context(|| "set times of directories".into()),
                 other => return Err(other.unexpected("an entry of a tree")),
@@ -725,7 +724,10 @@ mod tests {
         fs::create_dir_all(from.join("d/e")).unwrap();
         fs::create_dir(&to).unwrap();
         fs::write(from.join("d/big"), vec![7; 3 * CHUNK + 5]).unwrap();
-        File::create(from.join("sparse")).unwrap().set_len(1 << 20).unwrap();
+        File::create(from.join("sparse"))
+            .unwrap()
+            .set_len(1 << 20)
+            .unwrap();
         fs::write(from.join("empty"), "").unwrap();
         fs::hard_link(from.join("d/big"), from.join("hard")).unwrap();
         symlink("/etc/shadow", from.join("link")).unwrap();
@@ -733,7 +735,14 @@ mod tests {
         fs::write(from.join(odd), "x").unwrap();
         fs::set_permissions(from.join(odd), fs::Permissions::from_mode(0o4711)).unwrap();
         std::os::unix::fs::chown(from.join("d/e"), Some(1000), Some(1001)).unwrap();
-        mknodat(AT_FDCWD, &from.join("gone"), SFlag::S_IFCHR, Mode::empty(), 0).unwrap();
+        mknodat(
+            AT_FDCWD,
+            &from.join("gone"),
+            SFlag::S_IFCHR,
+            Mode::empty(),
+            0,
+        )
+        .unwrap();
         nix::unistd::mkfifo(&from.join("fifo"), Mode::S_IRUSR).unwrap();
         xattr::set(from.join("d/e"), "trusted.overlay.opaque", b"y").unwrap();
         xattr::set(from.join("d/e"), "trusted.overlay.origin", b"here").unwrap();
@@ -743,7 +752,10 @@ mod tests {
         assert_eq!(listing(&to), listing(&from));
         let opaque = xattr::get(to.join("d/e"), "trusted.overlay.opaque").unwrap();
         assert_eq!(opaque.as_deref(), Some(&b"y"[..]));
-        assert_eq!(xattr::get(to.join("d/e"), "trusted.overlay.origin").unwrap(), None);
+        assert_eq!(
+            xattr::get(to.join("d/e"), "trusted.overlay.origin").unwrap(),
+            None
+        );
         assert_eq!(fs::metadata(to.join("sparse")).unwrap().blocks(), 0);
 
         // As if those were older than a moment.
@@ -777,7 +789,14 @@ mod tests {
 
     #[test]
     fn any_bytes_survive_as_text() {
-        for bytes in [&b""[..], b"a b", b"%", b"\xff\xfe%41", "ü\n\"".as_bytes(), b"\0x"] {
+        for bytes in [
+            &b""[..],
+            b"a b",
+            b"%",
+            b"\xff\xfe%41",
+            "ü\n\"".as_bytes(),
+            b"\0x",
+        ] {
             let text = escape(bytes);
             assert_eq!(unescape(&text).unwrap().as_bytes(), bytes, "{text}");
         }
@@ -788,7 +807,18 @@ mod tests {
 
     #[test]
     fn paths_that_leave_the_tree_are_refused() {
-        for path in ["", "/", "/etc", "..", "a/../b", "../x", "./..", "a%00b", "a/./../..", "%2e%2e/x"] {
+        for path in [
+            "",
+            "/",
+            "/etc",
+            "..",
+            "a/../b",
+            "../x",
+            "./..",
+            "a%00b",
+            "a/./../..",
+            "%2e%2e/x",
+        ] {
             assert!(below(path).is_err(), "{path}");
         }
         for path in ["a", "a/b", "..a", "a..", " "] {
@@ -806,9 +836,16 @@ mod tests {
         fs::write(outside.join("secret"), "s").unwrap();
         let mut receiver = Receiver::new(&root).unwrap();
         let link = |name: &str, target: &str| {
-            entry(name, Kind::Symlink { target: target.into() })
+            entry(
+                name,
+                Kind::Symlink {
+                    target: target.into(),
+                },
+            )
         };
-        receiver.make(&link("out", outside.to_str().unwrap())).unwrap();
+        receiver
+            .make(&link("out", outside.to_str().unwrap()))
+            .unwrap();
         receiver.make(&link("up", "..")).unwrap();
         for path in ["out/x", "up/outside/x"] {
             for kind in [
@@ -816,18 +853,33 @@ mod tests {
                 Kind::Dir,
                 Kind::Fifo,
                 Kind::Symlink { target: "t".into() },
-                Kind::Hard { to: "out/secret".into() },
+                Kind::Hard {
+                    to: "out/secret".into(),
+                },
             ] {
-                assert!(receiver.make(&entry(path, kind.clone())).is_err(), "{path} {kind:?}");
+                assert!(
+                    receiver.make(&entry(path, kind.clone())).is_err(),
+                    "{path} {kind:?}"
+                );
             }
         }
-        let stolen = entry("mine", Kind::Hard { to: "out/secret".into() });
+        let stolen = entry(
+            "mine",
+            Kind::Hard {
+                to: "out/secret".into(),
+            },
+        );
         assert!(receiver.make(&stolen).is_err());
         assert!(receiver.remove(Path::new("out/secret")).is_err());
         // A link itself is replaced, and not what it leads to.
-        let file = receiver.make(&entry("out", Kind::File { size: 1 })).unwrap().unwrap();
+        let file = receiver
+            .make(&entry("out", Kind::File { size: 1 }))
+            .unwrap()
+            .unwrap();
         (&file).write_all(b"x").unwrap();
-        receiver.finish(&file, &entry("out", Kind::File { size: 1 })).unwrap();
+        receiver
+            .finish(&file, &entry("out", Kind::File { size: 1 }))
+            .unwrap();
         receiver.end().unwrap();
         assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
         assert_eq!(fs::read_to_string(outside.join("secret")).unwrap(), "s");
@@ -839,7 +891,9 @@ mod tests {
     fn among_images_there_is_nothing_else() {
         let temp = tempfile::tempdir().unwrap();
         let mut receiver = Receiver::new(temp.path()).unwrap().images();
-        let link = |target: &str| Kind::Symlink { target: target.into() };
+        let link = |target: &str| Kind::Symlink {
+            target: target.into(),
+        };
         for (path, kind, fine) in [
             ("pages-1.img", Kind::File { size: 0 }, true),
             ("parent", link("../pre-1"), true),
@@ -859,11 +913,30 @@ mod tests {
         needs_root();
         let temp = tempfile::tempdir().unwrap();
         let dev = nix::sys::stat::makedev(1, 3);
-        mknodat(AT_FDCWD, &temp.path().join("null"), SFlag::S_IFCHR, Mode::empty(), dev).unwrap();
-        mknodat(AT_FDCWD, &temp.path().join("gone"), SFlag::S_IFCHR, Mode::empty(), 0).unwrap();
+        mknodat(
+            AT_FDCWD,
+            &temp.path().join("null"),
+            SFlag::S_IFCHR,
+            Mode::empty(),
+            dev,
+        )
+        .unwrap();
+        mknodat(
+            AT_FDCWD,
+            &temp.path().join("gone"),
+            SFlag::S_IFCHR,
+            Mode::empty(),
+            0,
+        )
+        .unwrap();
         assert_eq!(devices(temp.path()).unwrap(), [PathBuf::from("null")]);
         let metadata = fs::symlink_metadata(temp.path().join("null")).unwrap();
-        let error = describe(&temp.path().join("null"), Path::new("null"), &metadata, None);
+        let error = describe(
+            &temp.path().join("null"),
+            Path::new("null"),
+            &metadata,
+            None,
+        );
         assert!(error.unwrap_err().to_string().contains("device file"));
     }
 }

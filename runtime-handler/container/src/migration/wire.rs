@@ -268,9 +268,7 @@ impl Wire {
                 self.data_bytes += payload.len() as u64;
                 Ok(payload)
             }
-            (kind, _) => Err(broken(format!(
-                "frame of kind {kind} where data should be"
-            ))),
+            (kind, _) => Err(broken(format!("frame of kind {kind} where data should be"))),
         }
     }
 
@@ -372,7 +370,10 @@ mod tests {
             assert_eq!(b.receive().await.unwrap(), Message::End);
         };
         tokio::join!(sender, receiver);
-        assert_eq!((a.data_bytes, b.data_bytes), (CHUNK as u64 + 10, CHUNK as u64 + 10));
+        assert_eq!(
+            (a.data_bytes, b.data_bytes),
+            (CHUNK as u64 + 10, CHUNK as u64 + 10)
+        );
     }
 
     #[tokio::test]
@@ -430,7 +431,10 @@ mod tests {
             b.receive_data(500).await.unwrap();
         }
         let took = start.elapsed();
-        assert!((Duration::from_secs(5)..Duration::from_millis(5100)).contains(&took), "{took:?}");
+        assert!(
+            (Duration::from_secs(5)..Duration::from_millis(5100)).contains(&took),
+            "{took:?}"
+        );
         assert_eq!(cost(1, 0), Duration::from_secs(1));
     }
 }

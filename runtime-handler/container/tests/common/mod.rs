@@ -244,7 +244,10 @@ impl Pod {
     pub fn assert_gone(&self) {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         // Its image may serve another.
-        assert!(!mounts.contains(self.bundle().to_str().unwrap()), "a mount is left");
+        assert!(
+            !mounts.contains(self.bundle().to_str().unwrap()),
+            "a mount is left"
+        );
         assert_eq!(cgroups_named(&self.id), Vec::<PathBuf>::new());
     }
 
@@ -456,8 +459,8 @@ fn make_root(root: &Path) {
     let busybox = on_path("busybox").expect("no busybox: install busybox-static");
     fs::copy(busybox, root.join("bin/busybox")).unwrap();
     for applet in [
-        "sh", "cat", "echo", "sleep", "stty", "tail", "id", "true", "touch", "ls", "dd", "rm", "wc",
-        "mkfifo",
+        "sh", "cat", "echo", "sleep", "stty", "tail", "id", "true", "touch", "ls", "dd", "rm",
+        "wc", "mkfifo",
     ] {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
     }

@@ -28,8 +28,8 @@ pub use dyad_agent_api::proto::agent::{
 };
 use dyad_agent_api::proto::agent::{
     GetFileRequest, GetFileResponse, PutFilesResponse, ResourcesRequest, ResourcesResponse,
-    ShutdownRequest, ShutdownResponse, StreamState, StreamsRequest, StreamsResponse, WaitEventsRequest,
-    WaitEventsResponse, guest_event,
+    ShutdownRequest, ShutdownResponse, StreamState, StreamsRequest, StreamsResponse,
+    WaitEventsRequest, WaitEventsResponse, guest_event,
 };
 use dyad_agent_api::protobuf::well_known_types::any::Any;
 use dyad_agent_api::protobuf::{Message, MessageField};

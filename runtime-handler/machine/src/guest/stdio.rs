@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use dyad_agent_api::link::{StreamError, StreamKey};
 use dyad_agent_api::link::host::{InputWriter, OutputReader};
+use dyad_agent_api::link::{StreamError, StreamKey};
 use dyad_runtime_handler::pump::Fd;
 use log::warn;
 use tokio::sync::{Notify, watch};

@@ -154,8 +154,10 @@ impl Libvirt {
     /// # Errors
     /// It does not run, or libvirt cannot be reached.
     pub async fn job(&self, uuid: Uuid) -> Result<JobFigures, LibvirtError> {
-        self.on_domain("read the job of domain", uuid, |domain| job_figures(domain, 0))
-            .await
+        self.on_domain("read the job of domain", uuid, |domain| {
+            job_figures(domain, 0)
+        })
+        .await
     }
 
     /// Figures of the job that ended last: of a domain that arrived, of its migration.

@@ -244,9 +244,9 @@ impl Machine {
                             format!("the migration failed: {why}"),
                             None,
                         )),
-                        Arriving::No => Err(Error::FailedPrecondition(
-                            "the target was removed".into(),
-                        )),
+                        Arriving::No => {
+                            Err(Error::FailedPrecondition("the target was removed".into()))
+                        }
                         _ => Ok(()),
                     };
                 }

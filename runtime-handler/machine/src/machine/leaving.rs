@@ -18,7 +18,9 @@ use tokio::sync::watch;
 use super::{Machine, POD_DISK_SERIAL, Power, lock};
 use crate::events::{Ending, Observed};
 use crate::libvirt::{Job, Libvirt, Of};
-use crate::migrate::offer::{self, HANDOVER, Handover, OFFER, Offer, RECORD, Record, Traveller, Wanted};
+use crate::migrate::offer::{
+    self, HANDOVER, Handover, OFFER, Offer, RECORD, Record, Traveller, Wanted,
+};
 use crate::migrate::xml::{self, Places};
 use crate::migrate::{Streams, streams};
 use crate::network::apply as network;
@@ -109,8 +111,7 @@ impl Machine {
         let offer: Offer = offer::read("offer", &element)?;
         let streams = streams(parameters, &offer)?;
         offer::fits(&self.wanted().await?, &offer)?;
-        let (here, there) =
-            tokio::try_join!(self.libvirt.versions(), destination.versions())?;
+        let (here, there) = tokio::try_join!(self.libvirt.versions(), destination.versions())?;
         if version_key(&there.qemu) < version_key(&here.qemu) {
             return Err(refuse(format!(
                 "the target's QEMU {} is older than this node's {}: a machine moves to the same or a \
@@ -366,7 +367,10 @@ impl Machine {
                                 Err(error) => warn!("{}", Error::from(error).chain()),
                             }
                         }
-                        (Observed::Off(_) | Observed::Absent, Ok(Observed::Off(_) | Observed::Absent)) => {
+                        (
+                            Observed::Off(_) | Observed::Absent,
+                            Ok(Observed::Off(_) | Observed::Absent),
+                        ) => {
                             return Whereabouts::Nowhere("it is off on both sides".into());
                         }
                         _ => {}
@@ -389,8 +393,7 @@ impl Machine {
     async fn let_go(&self, destination: &Libvirt) {
         let uuid = self.record.uuid;
         self.moved.store(true, Ordering::Relaxed);
-        self.power
-            .send_replace(Power::Off(Some(Ending::Migrated)));
+        self.power.send_replace(Power::Off(Some(Ending::Migrated)));
         let streams = self.agent().hand_over(HANDOVER_WITHIN).await;
         let handover = Handover {
             version: offer::VERSION,

@@ -44,10 +44,7 @@ pub fn streams(parameters: &MigrationParameters, offer: &Offer) -> Result<Stream
         }
         (migrate, disks) => (migrate.clone(), disks.clone()),
     };
-    let stays = |uri: &Option<String>| {
-        uri.as_ref()
-            .is_some_and(|uri| uri.starts_with("unix://"))
-    };
+    let stays = |uri: &Option<String>| uri.as_ref().is_some_and(|uri| uri.starts_with("unix://"));
     let on_network = !(stays(&migrate_uri) && stays(&disks_uri));
     if p.tls_required && !on_network {
         return refuse(

@@ -350,13 +350,16 @@ mod tests {
 
     #[test]
     fn a_disk_that_the_target_does_not_have_is_refused_by_name() {
-        let error = rewritten(&BTreeMap::new()).expect_err("refused").to_string();
+        let error = rewritten(&BTreeMap::new())
+            .expect_err("refused")
+            .to_string();
         assert!(error.contains("sda") && error.contains("5a5a"), "{error}");
     }
 
     #[test]
     fn what_stays_on_its_host_is_found() {
-        let xml = "<domain><devices><filesystem type='mount'/><hostdev type='pci'/></devices></domain>";
+        let xml =
+            "<domain><devices><filesystem type='mount'/><hostdev type='pci'/></devices></domain>";
         let found = find(xml).expect("XML");
         assert_eq!(found.blockers.len(), 2);
         assert!(find("<domain><devices></domain>").is_err());

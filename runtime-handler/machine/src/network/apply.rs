@@ -152,20 +152,24 @@ pub async fn quiet(netns: &Path, interfaces: Vec<String>) -> Result<()> {
         return Ok(());
     }
     let netns = open_netns(netns)?;
-    in_netns(netns, "take the pod's interfaces down", |handle| async move {
-        for interface in interfaces {
-            if let Some(index) = index_of(&handle, &interface).await? {
-                let down = LinkUnspec::new_with_index(index).down().build();
-                handle
-                    .link()
-                    .set(down)
-                    .execute()
-                    .await
-                    .context(|| format!("take {interface} down"))?;
+    in_netns(
+        netns,
+        "take the pod's interfaces down",
+        |handle| async move {
+            for interface in interfaces {
+                if let Some(index) = index_of(&handle, &interface).await? {
+                    let down = LinkUnspec::new_with_index(index).down().build();
+                    handle
+                        .link()
+                        .set(down)
+                        .execute()
+                        .await
+                        .context(|| format!("take {interface} down"))?;
+                }
             }
-        }
-        Ok(())
-    })
+            Ok(())
+        },
+    )
     .await
 }
 

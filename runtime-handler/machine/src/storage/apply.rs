@@ -267,12 +267,7 @@ pub async fn pod_disk(
     .map_err(|error| Error::Unavailable(format!("make the pod's disk: {error}"), None))?
 }
 
-fn pod_disk_blocking(
-    file: &Path,
-    gib: u64,
-    owner: Option<QemuUser>,
-    format: bool,
-) -> Result<()> {
+fn pod_disk_blocking(file: &Path, gib: u64, owner: Option<QemuUser>, format: bool) -> Result<()> {
     let disk = OpenOptions::new()
         .create(true)
         .truncate(true)
