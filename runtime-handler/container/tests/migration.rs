@@ -371,7 +371,7 @@ async fn proxy(listen: &Path, socket: &Path, cut: fn(&[u8], bool) -> bool) {
         let target = UnixStream::connect(socket).await;
         let Ok(target) = target else {
             // As if it was not there either.
-            drop(listener);
+            drop((listener, source));
             fs::remove_file(listen).unwrap();
             return std::future::pending().await;
         };
