@@ -135,3 +135,5 @@ require_go() {
 
 # shellcheck source=hack/lib/tools.sh
 . "$DYAD_REPO/hack/lib/tools.sh"
+# shellcheck source=hack/lib/criu.sh
+. "$DYAD_REPO/hack/lib/criu.sh"

@@ -54,6 +54,18 @@ pub struct ContainerConfig {
     /// The OCI runtime's binary; unset: the first of crun, runc on `PATH` whose
     /// `features` say that it can run this host's specs.
     pub runtime: Option<PathBuf>,
+    /// CRIU's binary, named `criu`, which checkpoints and restores a pod that migrates;
+    /// unset: `criu` on `PATH`.
+    pub criu: Option<PathBuf>,
+    /// Where a pod that waits for its migration source listens on the network:
+    /// `tls://ADDRESS:PORT`, or `tcp://ADDRESS:PORT` with [`Self::migration_clear`]; port
+    /// 0: a free one. Unset: only on its unix socket.
+    pub migration_listen: Option<String>,
+    /// The folder with `ca.pem`, `cert.pem` and `key.pem`: what a peer's certificate must
+    /// be signed by, and what this node shows.
+    pub migration_tls: Option<PathBuf>,
+    /// Allow migration over a network without encryption, where it is asked for.
+    pub migration_clear: bool,
 }
 
 /// How the host talks to the guest agent.

@@ -9,15 +9,22 @@
 //! An output ends when the last writer is gone, so all that a process wrote before it
 //! ended arrives. A grandchild may hold the pipe for ever: [`Pump::drained`] is bounded.
 //! An idle stream costs a task and no buffer.
+//!
+//! A process that moves to another node takes no output with it: once it is frozen,
+//! [`Pump::settled`] waits until all that it wrote is in containerd's FIFO. What it has
+//! not read of its stdin goes along: [`Pump::hold_stdin`] there, [`Pump::resumed`] here.
 
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, open, tee};
+use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, fchown, pipe2, read, write};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -182,7 +189,57 @@ pub struct Pump {
     close_stdin: Arc<Notify>,
     /// How many outputs have not come to their end.
     outputs: watch::Receiver<usize>,
+    copies: Vec<Copying>,
+    /// Changes whenever an output got on.
+    moved: watch::Receiver<()>,
+    feed: Option<Feeding>,
     _tasks: JoinSet<()>,
+}
+
+/// An output, as [`Pump::settled`] looks at it.
+#[derive(Debug)]
+struct Copying {
+    /// Gone with its stream.
+    from: Weak<Fd>,
+    /// Bytes were read that are not written yet.
+    busy: Arc<AtomicBool>,
+}
+
+impl Copying {
+    fn is_settled(&self) -> bool {
+        // The process may end in between, so look at the pipe first.
+        let empty = self
+            .from
+            .upgrade()
+            .is_none_or(|fd| unread_bytes(fd.as_fd()) == 0);
+        empty && !self.busy.load(Ordering::Relaxed)
+    }
+}
+
+/// The stdin of a process.
+#[derive(Debug, Clone)]
+struct Feeding {
+    /// Gone when it is closed.
+    to: Weak<Fd>,
+    hold: Arc<watch::Sender<bool>>,
+    /// Taken from the FIFO, for which the pipe has no room yet.
+    rest: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Feeding {
+    fn rest(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a process has not read of its stdin.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Unread {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// Nothing comes after them. Those that were in the pipe when it was closed are not
+    /// in `bytes`: only the process has them, see [`peek`].
+    pub closed: bool,
 }
 
 impl Pump {
@@ -194,11 +251,39 @@ impl Pump {
     /// # Panics
     /// Outside of a tokio runtime.
     pub fn pipes(stdio: Stdio) -> io::Result<(Self, Ends)> {
+        Self::resumed(stdio, &Unread::default())
+    }
+
+    /// The same for a process that goes on: it reads `unread` before what comes.
+    ///
+    /// # Errors
+    /// As [`Self::pipes`]; more bytes than a pipe holds.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn resumed(stdio: Stdio, unread: &Unread) -> io::Result<(Self, Ends)> {
         let mut ends = Ends::default();
         let mut streams = Streams::default();
         if let Some(fifo) = stdio.stdin {
             let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
-            streams.feed(fifo, Arc::new(Fd::new(writer)?))?;
+            let writer = Fd::new(writer)?;
+            let room = fcntl(&writer, FcntlArg::F_GETPIPE_SZ)?;
+            if unread.bytes.len() > usize::try_from(room).unwrap_or(0) {
+                fcntl(
+                    &writer,
+                    FcntlArg::F_SETPIPE_SZ(unread.bytes.len().try_into().unwrap_or(i32::MAX)),
+                )?;
+            }
+            let written = match unread.bytes.as_slice() {
+                [] => 0,
+                bytes => write_some(writer.as_fd(), bytes)?,
+            };
+            if written < unread.bytes.len() {
+                return Err(io::ErrorKind::FileTooLarge.into());
+            }
+            if !unread.closed {
+                streams.feed(fifo, Arc::new(writer))?;
+            }
             ends.stdin = Some(reader);
         }
         for (fifo, end) in [
@@ -239,6 +324,57 @@ impl Pump {
         self.close_stdin.notify_one();
     }
 
+    /// Keeps what comes on the stdin FIFO there, until [`Self::release_stdin`], and tells
+    /// what the process has not read. It must be frozen, or it reads on.
+    ///
+    /// # Errors
+    /// The pipe cannot be looked into.
+    pub fn hold_stdin(&self) -> io::Result<Unread> {
+        let Some(feed) = &self.feed else {
+            return Ok(Unread::default());
+        };
+        feed.hold.send_replace(true);
+        let Some(pipe) = feed.to.upgrade() else {
+            return Ok(Unread {
+                bytes: Vec::new(),
+                closed: true,
+            });
+        };
+        let path = format!("/proc/self/fd/{}", pipe.as_fd().as_raw_fd());
+        let mut bytes = peek(Path::new(&path))?;
+        bytes.extend_from_slice(&feed.rest());
+        Ok(Unread {
+            bytes,
+            closed: false,
+        })
+    }
+
+    /// Undoes [`Self::hold_stdin`].
+    pub fn release_stdin(&self) {
+        if let Some(feed) = &self.feed {
+            feed.hold.send_replace(false);
+        }
+    }
+
+    /// Waits until all that the process wrote is in the FIFOs, at most `bound` (nobody
+    /// reads a FIFO). Returns whether it is. It must be frozen, or it writes on.
+    pub async fn settled(&self, bound: Duration) -> bool {
+        let mut moved = self.moved.clone();
+        let settled = async {
+            loop {
+                moved.borrow_and_update();
+                if self.copies.iter().all(Copying::is_settled) {
+                    return;
+                }
+                if moved.changed().await.is_err() {
+                    // The last stream is gone, with all that it had.
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(bound, settled).await.is_ok()
+    }
+
     /// Sets the terminal's size in characters.
     ///
     /// # Errors
@@ -270,6 +406,9 @@ impl Pump {
 struct Streams {
     close_stdin: Arc<Notify>,
     outputs: Arc<watch::Sender<usize>>,
+    copies: Vec<Copying>,
+    moved: Arc<watch::Sender<()>>,
+    feed: Option<Feeding>,
     tasks: JoinSet<()>,
 }
 
@@ -278,6 +417,9 @@ impl Default for Streams {
         Self {
             close_stdin: Arc::default(),
             outputs: Arc::new(watch::Sender::new(0)),
+            copies: Vec::new(),
+            moved: Arc::new(watch::Sender::new(())),
+            feed: None,
             tasks: JoinSet::new(),
         }
     }
@@ -287,8 +429,14 @@ impl Streams {
     fn feed(&mut self, fifo: OwnedFd, process: Arc<Fd>) -> io::Result<()> {
         let fifo = Fd::new(fifo)?;
         let close = Arc::clone(&self.close_stdin);
+        let feeding = Feeding {
+            to: Arc::downgrade(&process),
+            hold: Arc::new(watch::Sender::new(false)),
+            rest: Arc::default(),
+        };
+        self.feed = Some(feeding.clone());
         self.tasks.spawn(async move {
-            match feed(&fifo, &process, &close).await {
+            match feed(&fifo, &process, &close, &feeding).await {
                 // It does not read (any more), which is its own business.
                 Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
                 Err(error) => log::warn!("stdin ends early: {error}"),
@@ -301,9 +449,19 @@ impl Streams {
     fn copy(&mut self, process: Arc<Fd>, fifo: OwnedFd) -> io::Result<()> {
         let fifo = Fd::new(fifo)?;
         let open = OpenOutput::new(Arc::clone(&self.outputs));
+        let busy = Arc::new(AtomicBool::new(false));
+        self.copies.push(Copying {
+            from: Arc::downgrade(&process),
+            busy: Arc::clone(&busy),
+        });
+        let moved = Arc::clone(&self.moved);
         self.tasks.spawn(async move {
             let _open = open;
-            if let Err(error) = copy(&process, &fifo).await {
+            let progress = |is_busy| {
+                busy.store(is_busy, Ordering::Relaxed);
+                moved.send_replace(());
+            };
+            if let Err(error) = copy(&process, &fifo, progress).await {
                 log::warn!("output ends early: {error}");
             }
         });
@@ -315,6 +473,9 @@ impl Streams {
             master,
             close_stdin: self.close_stdin,
             outputs: self.outputs.subscribe(),
+            copies: self.copies,
+            moved: self.moved.subscribe(),
+            feed: self.feed,
             _tasks: self.tasks,
         }
     }
@@ -365,13 +526,18 @@ fn turn(from: BorrowedFd<'_>, to: &Fd) -> io::Result<io::Result<Turn>> {
 
 /// Copies until the end of `from`. When nobody can take the bytes any more it goes on
 /// reading, so that the process neither blocks nor dies of what is not its fault.
-async fn copy(from: &Fd, to: &Fd) -> io::Result<()> {
+/// `progress` is told of every turn, and whether bytes are under way.
+async fn copy(from: &Fd, to: &Fd, progress: impl Fn(bool)) -> io::Result<()> {
     loop {
         let moved = match from.when(Interest::READABLE, |fd| turn(fd, to)).await? {
             Ok(Turn::End) => return Ok(()),
-            Ok(Turn::Moved(rest)) => to.write_all(&rest).await,
+            Ok(Turn::Moved(rest)) => {
+                progress(!rest.is_empty());
+                to.write_all(&rest).await
+            }
             Err(error) => Err(error),
         };
+        progress(false);
         if let Err(error) = moved {
             log::warn!("output is dropped from here: {error}");
             return discard(from).await;
@@ -387,30 +553,99 @@ async fn discard(from: &Fd) -> io::Result<()> {
 
 /// Feeds a process until the end of the FIFO, until told to close, or until the
 /// process stops reading.
-async fn feed(fifo: &Fd, process: &Fd, close: &Notify) -> io::Result<()> {
+async fn feed(fifo: &Fd, process: &Fd, close: &Notify, feeding: &Feeding) -> io::Result<()> {
+    let mut hold = feeding.hold.subscribe();
     loop {
+        let held = *hold.borrow_and_update();
         let turn = tokio::select! {
             biased;
             // First: what it will not read stays in the FIFO for its successor.
             () = process.reader_is_gone() => return Ok(()),
-            turn = fifo.when(Interest::READABLE, |fd| turn(fd, process)) => turn??,
-            () = close.notified() => return hand_over(fifo, process).await,
+            // Its sender is in `feeding`.
+            _ = hold.changed() => continue,
+            turn = fifo.when(Interest::READABLE, |fd| turn(fd, process)), if !held => turn??,
+            () = close.notified(), if !held => return hand_over(fifo, process, feeding).await,
         };
         match turn {
             Turn::End => return Ok(()),
-            Turn::Moved(rest) => process.write_all(&rest).await?,
+            Turn::Moved(rest) => {
+                *feeding.rest() = rest;
+                write_rest(process, feeding).await?;
+            }
         }
     }
 }
 
+/// As [`Fd::write_all`], of what [`Pump::hold_stdin`] sees.
+async fn write_rest(process: &Fd, feeding: &Feeding) -> io::Result<()> {
+    let mut hold = feeding.hold.subscribe();
+    while !feeding.rest().is_empty() {
+        if *hold.borrow_and_update() {
+            let _ = hold.changed().await;
+            continue;
+        }
+        let write = process.when(Interest::WRITABLE, |fd| {
+            let mut rest = feeding.rest();
+            let written = write_some(fd, &rest)?;
+            rest.drain(..written);
+            Ok(())
+        });
+        tokio::select! {
+            biased;
+            _ = hold.changed() => {}
+            written = write => written?,
+        }
+    }
+    Ok(())
+}
+
 /// Moves what the FIFO holds now.
-async fn hand_over(fifo: &Fd, process: &Fd) -> io::Result<()> {
+async fn hand_over(fifo: &Fd, process: &Fd, feeding: &Feeding) -> io::Result<()> {
     loop {
         match turn(fifo.as_fd(), process) {
-            Ok(Ok(Turn::Moved(rest))) => process.write_all(&rest).await?,
+            Ok(Ok(Turn::Moved(rest))) => {
+                *feeding.rest() = rest;
+                write_rest(process, feeding).await?;
+            }
             Ok(Ok(Turn::End)) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Ok(Err(error)) | Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Bytes that can be read from a pipe or a terminal.
+fn unread_bytes(fd: BorrowedFd<'_>) -> i32 {
+    let mut count = 0;
+    // SAFETY: FIONREAD writes one int, which `count` is, and keeps nothing.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &mut count) } {
+        0 => count,
+        _ => 0,
+    }
+}
+
+/// What the pipe at `path` (in `/proc/PID/fd`) holds, which stays in it.
+///
+/// # Errors
+/// It is no pipe, or what tee(2) says.
+pub fn peek(path: &Path) -> io::Result<Vec<u8>> {
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let pipe = open(path, flags, Mode::empty())?;
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    let room = fcntl(&pipe, FcntlArg::F_GETPIPE_SZ)?;
+    fcntl(&writer, FcntlArg::F_SETPIPE_SZ(room))?;
+    let room = usize::try_from(room).unwrap_or(0);
+    match tee(&pipe, &writer, room, SpliceFFlags::SPLICE_F_NONBLOCK) {
+        Ok(_) | Err(Errno::EAGAIN) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    drop(writer);
+    let mut bytes = Vec::new();
+    let mut buffer = vec![0; BUFFER_BYTES];
+    loop {
+        match read_some(reader.as_fd(), &mut buffer)? {
+            0 => return Ok(bytes),
+            length => bytes.extend_from_slice(&buffer[..length]),
         }
     }
 }
@@ -577,6 +812,89 @@ mod tests {
         timeout(BOUND, pump._tasks.join_next()).await.unwrap();
         theirs.write_all(b"for the next").await.unwrap();
         assert_eq!(read_exactly(&theirs, 12).await, b"for the next");
+    }
+
+    #[tokio::test]
+    async fn output_is_settled_when_all_of_it_is_in_the_fifo() {
+        let (_dir, ours, theirs) = fifo();
+        let stdio = Stdio {
+            stdout: Some(ours),
+            ..Stdio::default()
+        };
+        let (pump, ends) = Pump::pipes(stdio).unwrap();
+        assert!(pump.settled(BOUND).await, "nothing was written");
+        // More than the FIFO takes, less than it and the pipe do.
+        let process = Fd::new(ends.stdout.unwrap()).unwrap();
+        let bytes = pattern(100_000);
+        process.write_all(&bytes[..60_000]).await.unwrap();
+        assert!(pump.settled(BOUND).await);
+        assert_eq!(unread_bytes(theirs.as_fd()), 60_000);
+        process.write_all(&bytes[60_000..]).await.unwrap();
+        assert!(
+            !pump.settled(Duration::from_millis(50)).await,
+            "nobody reads"
+        );
+        assert!(read_exactly(&theirs, 90_000).await == bytes[..90_000]);
+        assert!(pump.settled(BOUND).await);
+        assert!(read_exactly(&theirs, 10_000).await == bytes[90_000..]);
+    }
+
+    #[tokio::test]
+    async fn stdin_that_was_not_read_goes_on_in_another_process() {
+        let (_dir, ours, theirs) = fifo();
+        let stdio = Stdio {
+            stdin: Some(ours),
+            ..Stdio::default()
+        };
+        let (pump, ends) = Pump::pipes(stdio).unwrap();
+        let bytes = pattern(150_000);
+        // The pipe is full, there is a rest, and the FIFO holds more.
+        theirs.write_all(&bytes).await.unwrap();
+        let process = Fd::new(ends.stdin.unwrap()).unwrap();
+        let mut read = vec![0; 1000];
+        process.read(&mut read).await.unwrap();
+        let unread = pump.hold_stdin().unwrap();
+        assert!(!unread.closed);
+        assert_eq!(pump.hold_stdin().unwrap(), unread, "looking takes nothing");
+        let taken = 1000 + unread.bytes.len();
+        assert!(unread.bytes == bytes[1000..taken]);
+        let left = usize::try_from(unread_bytes(theirs.as_fd())).unwrap();
+        assert_eq!(taken + left, bytes.len(), "held back");
+
+        // It did not leave after all.
+        pump.release_stdin();
+        assert!(read_exactly(&process, 149_000).await == bytes[1000..]);
+
+        let (_dir, ours, theirs) = fifo();
+        let stdio = Stdio {
+            stdin: Some(ours),
+            ..Stdio::default()
+        };
+        let (pump, ends) = Pump::resumed(stdio, &unread).unwrap();
+        let process = Fd::new(ends.stdin.unwrap()).unwrap();
+        theirs.write_all(b"more").await.unwrap();
+        let got = read_exactly(&process, unread.bytes.len() + 4).await;
+        assert!(got[..unread.bytes.len()] == unread.bytes && got.ends_with(b"more"));
+        pump.close_stdin();
+        assert_eq!(process.read(&mut read).await.unwrap(), 0);
+        assert!(pump.hold_stdin().unwrap().closed);
+    }
+
+    #[tokio::test]
+    async fn stdin_that_was_closed_stays_so_in_another_process() {
+        let (_dir, ours, _theirs) = fifo();
+        let stdio = Stdio {
+            stdin: Some(ours),
+            ..Stdio::default()
+        };
+        let unread = Unread {
+            bytes: b"last".to_vec(),
+            closed: true,
+        };
+        let (_pump, ends) = Pump::resumed(stdio, &unread).unwrap();
+        let process = Fd::new(ends.stdin.unwrap()).unwrap();
+        assert_eq!(read_exactly(&process, 4).await, b"last");
+        assert_eq!(process.read(&mut [0]).await.unwrap(), 0);
     }
 
     #[tokio::test]

@@ -19,6 +19,7 @@ use dyad_runtime_handler::error::{Error, Result};
 use dyad_runtime_handler::reaper::Reaper;
 use serde::{Deserialize, Serialize};
 
+use crate::migration;
 use crate::runtime;
 
 /// Looked for in this order.
@@ -128,13 +129,31 @@ pub(crate) async fn choose(
     Ok(binary)
 }
 
+/// Whether the OCI runtime that is configured can checkpoint, as far as its name tells:
+/// crun leaves the stdio of what it restores to its caller, which is not done here.
+///
+/// # Errors
+/// `FailedPrecondition`.
+pub(crate) fn checkpoints(config: &ContainerConfig) -> Result<()> {
+    match &config.runtime {
+        Some(runtime) if runtime.file_name().is_some_and(|name| name == "crun") => {
+            Err(Error::FailedPrecondition(format!(
+                "cannot migrate: the OCI runtime {} is not used for checkpoints: name runc by container.runtime",
+                runtime.display()
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The OCI runtime for [`Check`]'s report. Must not be called in a process that has a
 /// [`Reaper`].
 pub fn check(config: &ContainerConfig) -> Vec<Check> {
-    vec![match checked(config) {
+    let runtime = match checked(config) {
         Ok(found) => Check::ok("oci runtime", found),
         Err(error) => Check::fail("oci runtime", error.chain(), MEND),
-    }]
+    };
+    vec![runtime, migration::check(config)]
 }
 
 /// The `features` document (JSON) of the OCI runtime that serves this host; `None` for

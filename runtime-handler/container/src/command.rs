@@ -52,6 +52,38 @@ pub(crate) enum Command<'a> {
     Delete {
         id: &'a str,
     },
+    /// Writes what it is to `images`; it stays as it was, frozen if it was frozen.
+    Checkpoint {
+        id: &'a str,
+        images: &'a Path,
+        work: &'a Path,
+        /// Images of a pre-dump before this one, relative to `images`.
+        parent: Option<&'a Path>,
+        /// Memory alone, while it runs; the next one writes only what changed since.
+        pre_dump: bool,
+        tcp_established: bool,
+        criu: Criu<'a>,
+    },
+    /// Makes it from `images`, running.
+    Restore {
+        id: &'a str,
+        bundle: &'a Path,
+        pid_file: &'a Path,
+        images: &'a Path,
+        work: &'a Path,
+        tcp_established: bool,
+        criu: Criu<'a>,
+    },
+}
+
+/// How the OCI runtime gets at CRIU, which it starts as `criu`, and what it has no
+/// option for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Criu<'a> {
+    /// Where the program is.
+    pub dir: &'a Path,
+    /// Read by CRIU before what the OCI runtime tells it.
+    pub config: &'a Path,
 }
 
 impl Command<'_> {
@@ -65,6 +97,8 @@ impl Command<'_> {
             Self::Resume { .. } => "resume",
             Self::Update { .. } => "update",
             Self::Delete { .. } => "delete",
+            Self::Checkpoint { .. } => "checkpoint",
+            Self::Restore { .. } => "restore",
         }
     }
 
@@ -115,8 +149,64 @@ impl Command<'_> {
             Self::Start { id } | Self::Pause { id } | Self::Resume { id } => {
                 argv.word(id);
             }
+            Self::Checkpoint {
+                id,
+                images,
+                work,
+                parent,
+                pre_dump,
+                tcp_established,
+                criu: _,
+            } => {
+                argv.option("--image-path", images)
+                    .option("--work-path", work);
+                if let Some(parent) = parent {
+                    argv.option("--parent-path", parent);
+                }
+                argv.word(if *pre_dump {
+                    "--pre-dump"
+                } else {
+                    "--leave-running"
+                });
+                argv.checkpoint_options(*tcp_established).word(id);
+            }
+            Self::Restore {
+                id,
+                bundle,
+                pid_file,
+                images,
+                work,
+                tcp_established,
+                criu: _,
+            } => {
+                argv.word("--detach")
+                    .word("--no-subreaper")
+                    .option("--bundle", bundle)
+                    .option("--pid-file", pid_file)
+                    .option("--image-path", images)
+                    .option("--work-path", work)
+                    .checkpoint_options(*tcp_established)
+                    .word(id);
+            }
         }
         argv.0
+    }
+
+    /// Variables for the runtime's process, beside those it inherits; `path` is the
+    /// `PATH` that it would inherit.
+    pub(crate) fn env(&self, path: Option<&OsStr>) -> Vec<(&'static str, OsString)> {
+        let (Self::Checkpoint { criu, .. } | Self::Restore { criu, .. }) = self else {
+            return Vec::new();
+        };
+        let mut search = criu.dir.as_os_str().to_owned();
+        if let Some(path) = path.filter(|path| !path.is_empty()) {
+            search.push(":");
+            search.push(path);
+        }
+        vec![
+            ("PATH", search),
+            ("CRIU_CONFIG_FILE", criu.config.as_os_str().to_owned()),
+        ]
     }
 }
 
@@ -131,6 +221,16 @@ impl Argv {
 
     fn option(&mut self, name: &str, value: impl AsRef<OsStr>) -> &mut Self {
         self.word(name).word(value)
+    }
+
+    /// Those that both sides must agree on. Cgroups are left to the OCI runtime, since
+    /// the target's have other names.
+    fn checkpoint_options(&mut self, tcp_established: bool) -> &mut Self {
+        if tcp_established {
+            self.word("--tcp-established");
+        }
+        self.word("--file-locks")
+            .option("--manage-cgroups-mode", "ignore")
     }
 }
 
@@ -238,6 +338,42 @@ mod tests {
             (Command::Resume { id }, "resume web"),
             (Command::Update { id }, "update --resources - web"),
             (Command::Delete { id }, "delete --force web"),
+            (
+                Command::Checkpoint {
+                    id,
+                    images: Path::new("/i/dump"),
+                    work: Path::new("/w"),
+                    parent: None,
+                    pre_dump: false,
+                    tcp_established: false,
+                    criu: criu(),
+                },
+                "checkpoint --image-path /i/dump --work-path /w --leave-running --file-locks --manage-cgroups-mode ignore web",
+            ),
+            (
+                Command::Checkpoint {
+                    id,
+                    images: Path::new("/i/pre-2"),
+                    work: Path::new("/w"),
+                    parent: Some(Path::new("../pre-1")),
+                    pre_dump: true,
+                    tcp_established: true,
+                    criu: criu(),
+                },
+                "checkpoint --image-path /i/pre-2 --work-path /w --parent-path ../pre-1 --pre-dump --tcp-established --file-locks --manage-cgroups-mode ignore web",
+            ),
+            (
+                Command::Restore {
+                    id,
+                    bundle,
+                    pid_file,
+                    images: Path::new("/i/dump"),
+                    work: Path::new("/w"),
+                    tcp_established: true,
+                    criu: criu(),
+                },
+                "restore --detach --no-subreaper --bundle /b --pid-file /b/init.pid --image-path /i/dump --work-path /w --tcp-established --file-locks --manage-cgroups-mode ignore web",
+            ),
         ] {
             assert_eq!(line(command, false), format!("{global} {expected}"));
             assert_eq!(
@@ -245,6 +381,38 @@ mod tests {
                 format!("{global} --systemd-cgroup {expected}")
             );
         }
+    }
+
+    fn criu() -> Criu<'static> {
+        Criu {
+            dir: Path::new("/opt/criu"),
+            config: Path::new("/w/criu.conf"),
+        }
+    }
+
+    #[test]
+    fn criu_is_found_and_told_by_the_environment() {
+        let restore = Command::Restore {
+            id: "web",
+            bundle: Path::new("/b"),
+            pid_file: Path::new("/p"),
+            images: Path::new("/i"),
+            work: Path::new("/w"),
+            tcp_established: false,
+            criu: criu(),
+        };
+        let env = |path: Option<&str>| restore.env(path.map(OsStr::new));
+        assert_eq!(
+            env(Some("/bin:/sbin")),
+            [
+                ("PATH", "/opt/criu:/bin:/sbin".into()),
+                ("CRIU_CONFIG_FILE", "/w/criu.conf".into())
+            ]
+        );
+        assert_eq!(env(None)[0].1, "/opt/criu");
+        assert_eq!(env(Some(""))[0].1, "/opt/criu", "no working directory");
+        let other = Command::Start { id: "web" };
+        assert_eq!(other.env(Some(OsStr::new("/bin"))), []);
     }
 
     #[test]

@@ -4,12 +4,15 @@
 //!  create --> Created --start--> Started --exit--> (ended) --start--> made again, Started
 //!                |                  |                 |
 //!                +------------------+-----------------+--delete--> gone
+//!
+//!  create of a pod that waits --> Incoming --arrive--> Started
 //! ```
 //! The driver orders the calls that change a container; reads and execs run beside
 //! them. The locks here are held only to look or to note, never while waiting.
 
 use std::collections::HashMap;
 use std::fs;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,12 +20,12 @@ use async_trait::async_trait;
 use dyad_runtime_handler::cgroup::{Cgroup, Hierarchies, OomWatch};
 use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::handler::{EventSender, Instance, ProcessId};
-use dyad_runtime_handler::pump::{Ends, Pump};
-use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, RootMount, Stdio};
+use dyad_runtime_handler::pump::{Ends, Pump, Unread};
+use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, Role, RootMount, Stdio};
 use dyad_runtime_handler::stats::Stats;
 use oci_spec::runtime::Process as OciProcess;
 
-use crate::command::Command;
+use crate::command::{Command, Criu};
 use crate::console::ConsoleSocket;
 use crate::facts::Facts;
 use crate::process::{AtEnd, Gate, Process};
@@ -35,19 +38,44 @@ const KILL_BOUND: Duration = Duration::from_secs(20);
 
 pub(crate) struct Container {
     facts: Facts,
+    /// What it has for others: Kubernetes' name, its role, its root, its streams.
+    pub(crate) about: About,
     runtime: Runtime,
     hierarchies: Arc<Hierarchies>,
     events: EventSender,
-    /// `None` once deleted.
+    /// `None` before it arrived, and once deleted.
     init: Mutex<Option<Init>>,
+    /// Mounted and with its stdio, but without a process until one arrives.
+    incoming: Mutex<Option<Stdio>>,
     execs: Mutex<HashMap<String, Exec>>,
 }
 
+/// What a migration wants to know of a container.
+#[derive(Debug)]
+pub(crate) struct About {
+    pub name: String,
+    pub role: Role,
+    pub mounts: Vec<RootMount>,
+    /// Whether it has them: stdin, stdout, stderr.
+    pub stdio: [bool; 3],
+    pub terminal: bool,
+}
+
 #[derive(Clone)]
-struct Init {
-    process: Arc<Process>,
-    cgroup: Option<Cgroup>,
-    started: bool,
+pub(crate) struct Init {
+    pub(crate) process: Arc<Process>,
+    pub(crate) cgroup: Option<Cgroup>,
+    pub(crate) started: bool,
+}
+
+/// From where an arriving container goes on.
+pub(crate) struct Images<'a> {
+    pub(crate) dir: &'a Path,
+    /// For CRIU's log.
+    pub(crate) work: &'a Path,
+    pub(crate) unread: &'a Unread,
+    pub(crate) tcp_established: bool,
+    pub(crate) criu: Criu<'a>,
 }
 
 enum Exec {
@@ -67,15 +95,19 @@ struct Added {
 
 impl Container {
     /// Mounts and creates; undoes both where it fails.
+    /// One that is `incoming` gets no process yet.
     pub(crate) async fn create(
         spec: ContainerSpec,
         runtime: Runtime,
         hierarchies: Arc<Hierarchies>,
         events: EventSender,
+        incoming: bool,
     ) -> Result<Self> {
         let facts = Facts::new(&spec);
         let ContainerSpec {
             bundle,
+            name,
+            role,
             rootfs: mounts,
             stdio,
             ..
@@ -83,14 +115,30 @@ impl Container {
         runtime.prepare()?;
         let container = Self {
             facts,
+            about: About {
+                name,
+                role,
+                mounts: mounts.clone(),
+                stdio: [
+                    stdio.stdin.is_some(),
+                    stdio.stdout.is_some(),
+                    stdio.stderr.is_some(),
+                ],
+                terminal: stdio.terminal,
+            },
             runtime,
             hierarchies,
             events,
             init: Mutex::new(None),
+            incoming: Mutex::new(None),
             execs: Mutex::default(),
         };
         let target = bundle.join("rootfs");
         rootfs::mount_all(&mounts, &target)?;
+        if incoming {
+            *lock(&container.incoming) = Some(stdio);
+            return Ok(container);
+        }
         match container.make_init(stdio).await {
             Ok(init) => *lock(&container.init) = Some(init),
             Err(error) => {
@@ -120,6 +168,12 @@ impl Container {
     async fn make_init(&self, stdio: Stdio) -> Result<Init> {
         let facts = &self.facts;
         let (made, pump) = self.make(stdio, facts.owner, None).await?;
+        Ok(self.init_of(made, pump, Gate::Open, false))
+    }
+
+    /// Watches over an init that was made.
+    fn init_of(&self, made: Made, pump: Pump, gate: Gate, started: bool) -> Init {
+        let facts = &self.facts;
         let cgroup = self.cgroup_of(made.pid);
         let oom = cgroup.as_ref().and_then(|cgroup| {
             OomWatch::new(cgroup)
@@ -136,16 +190,133 @@ impl Container {
             made,
             pump,
             // One that is killed before its start has an end to tell, too.
-            Gate::Open,
+            gate,
             AtEnd { oom, kill },
             self.runtime.reaper(),
             &self.events,
         );
-        Ok(Init {
+        Init {
             process: Arc::new(process),
             cgroup,
-            started: false,
-        })
+            started,
+        }
+    }
+
+    /// Makes the process of an incoming container from its images; it runs when this
+    /// returns, with its pid. Its end is told once [`Self::settle_in`] was called.
+    pub(crate) async fn arrive(&self, images: &Images<'_>) -> Result<u32> {
+        let stdio = lock(&self.incoming).take().ok_or_else(|| {
+            Error::FailedPrecondition(format!("container {} waits for nothing", self.facts.id))
+        })?;
+        let facts = &self.facts;
+        let pid_file = ShortLived(facts.bundle.join(self.runtime.unique("pid")));
+        let (pump, ends) =
+            Pump::resumed(stdio, images.unread).context(|| "make stdio pipes".into())?;
+        let (uid, gid) = facts.owner;
+        if facts.owner != (0, 0) {
+            ends.chown(uid, gid)
+                .context(|| format!("give stdio to user {uid}"))?;
+        }
+        let command = Command::Restore {
+            id: &facts.id,
+            bundle: &facts.bundle,
+            pid_file: &pid_file.0,
+            images: images.dir,
+            work: images.work,
+            tcp_established: images.tcp_established,
+            criu: images.criu,
+        };
+        let made = self
+            .runtime
+            .make(
+                command,
+                &facts.id,
+                facts.systemd_cgroup,
+                &facts.bundle,
+                ends,
+                &pid_file.0,
+            )
+            .await;
+        let made = match made {
+            Ok(made) => made,
+            Err(error) => {
+                // Nothing came, and it is to be deleted as one to which nothing came.
+                *lock(&self.incoming) = Some(Stdio::default());
+                if let Err(error) = self.delete_state().await {
+                    log::warn!("{}: {}", facts.id, error.chain());
+                }
+                return Err(error);
+            }
+        };
+        let pid = made.pid;
+        let init = self.init_of(made, pump, Gate::Held, true);
+        *lock(&self.init) = Some(init);
+        Ok(pid)
+    }
+
+    /// The arrived process belongs to the pod now, and its end is told.
+    pub(crate) fn settle_in(&self) {
+        if let Some(init) = lock(&self.init).as_ref() {
+            init.process.set_gate(Gate::Open);
+        }
+    }
+
+    /// Ends the process without a word: it runs elsewhere, or must not have arrived.
+    pub(crate) async fn let_go(&self) -> Result<()> {
+        if self.waits_no_more() {
+            return Ok(());
+        }
+        let Some(init) = lock(&self.init).clone() else {
+            return Ok(());
+        };
+        init.process.set_gate(Gate::Dropped);
+        self.kill(&init).await
+    }
+
+    /// Gives the streams of an incoming one back, so that they end; false: it is none.
+    fn waits_no_more(&self) -> bool {
+        let mut incoming = lock(&self.incoming);
+        incoming.as_mut().map(std::mem::take).is_some()
+    }
+
+    /// Mounts the root file system anew, for what came into its layer.
+    pub(crate) fn remount(&self) -> Result<()> {
+        let target = self.facts.bundle.join("rootfs");
+        rootfs::unmount_all(&target)?;
+        rootfs::mount_all(&self.about.mounts, &target)
+    }
+
+    /// Takes the root file system away while something comes into its layer.
+    pub(crate) fn unmount_for_arrival(&self) -> Result<()> {
+        rootfs::unmount_all(&self.facts.bundle.join("rootfs"))
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.facts.id
+    }
+
+    pub(crate) fn bundle(&self) -> &Path {
+        &self.facts.bundle
+    }
+
+    pub(crate) fn is_incoming(&self) -> bool {
+        lock(&self.incoming).is_some()
+    }
+
+    /// Execs that run.
+    pub(crate) fn running_execs(&self) -> Vec<String> {
+        let execs = lock(&self.execs);
+        let running = execs.iter().filter(|(_, exec)| match exec {
+            Exec::Starting => true,
+            Exec::Started(process) => process.exit().is_none(),
+            Exec::Added(_) | Exec::Failed => false,
+        });
+        running.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Has the OCI runtime do something to it.
+    pub(crate) async fn ask_runtime(&self, command: Command<'_>) -> Result<()> {
+        self.run(command, Input::None).await
     }
 
     /// Has the OCI runtime make a process, with its pipes or its terminal: that of
@@ -267,7 +438,7 @@ impl Container {
         Error::NotFound(format!("container {}", self.facts.id))
     }
 
-    fn init(&self) -> Result<Init> {
+    pub(crate) fn init(&self) -> Result<Init> {
         lock(&self.init).clone().ok_or_else(|| self.not_found())
     }
 
@@ -310,7 +481,7 @@ impl Container {
             return Ok(());
         }
         match init.process.signal(libc::SIGKILL) {
-            Ok(()) => self.thaw(init),
+            Ok(()) => self.thaw_to_die(init),
             // Reaped, and about to be told.
             Err(Error::NotFound(_)) => {}
             Err(error) => return Err(error),
@@ -327,7 +498,7 @@ impl Container {
     }
 
     /// v1 kills no frozen process.
-    fn thaw(&self, init: &Init) {
+    fn thaw_to_die(&self, init: &Init) {
         if let Some(cgroup) = init.cgroup.as_ref().filter(|cgroup| cgroup.is_frozen())
             && let Err(error) = cgroup.thaw()
         {
@@ -364,6 +535,9 @@ impl Container {
 #[async_trait]
 impl Instance for Container {
     async fn start(&self, stdio: Option<Stdio>) -> Result<u32> {
+        if self.is_incoming() {
+            return Ok(std::process::id());
+        }
         let mut init = self.init()?;
         if init.started {
             if init.process.exit().is_none() {
@@ -385,6 +559,9 @@ impl Instance for Container {
     }
 
     fn pid(&self) -> Option<u32> {
+        if self.is_incoming() {
+            return Some(std::process::id());
+        }
         lock(&self.init).as_ref().map(|init| init.process.pid)
     }
 
@@ -402,7 +579,7 @@ impl Instance for Container {
             _ => {
                 process.signal(signal)?;
                 if signal == libc::SIGKILL {
-                    self.thaw(&init);
+                    self.thaw_to_die(&init);
                 }
                 Ok(())
             }
@@ -410,6 +587,9 @@ impl Instance for Container {
     }
 
     async fn stop(&self, grace: Duration) -> Result<()> {
+        if self.waits_no_more() {
+            return Ok(());
+        }
         let init = self.init()?;
         if init.process.exit().is_some() {
             return Ok(());
@@ -583,6 +763,11 @@ impl Instance for Container {
     }
 
     async fn delete(&self) -> Result<()> {
+        if lock(&self.incoming).take().is_some() {
+            self.unmount().await?;
+            self.runtime.finish();
+            return Ok(());
+        }
         let Some(init) = lock(&self.init).clone() else {
             return Ok(());
         };

@@ -2,21 +2,24 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use async_trait::async_trait;
 use dyad_runtime_handler::cgroup::{Cgroup, Hierarchies, is_systemd};
 use dyad_runtime_handler::config::{ContainerConfig, Kind};
 use dyad_runtime_handler::error::{Error, Result};
 use dyad_runtime_handler::handler::{ContainerRef, EventSender, Instance, RuntimeHandler};
+use dyad_runtime_handler::migration::{Migration, source_of};
 use dyad_runtime_handler::reaper::Reaper;
 use dyad_runtime_handler::spec::{ContainerSpec, Role};
 use tokio::sync::OnceCell;
 
-use crate::choose::{Need, choose};
+use crate::choose::{Need, checkpoints, choose};
 use crate::command::Command;
 use crate::container::Container;
 use crate::left::Left;
+use crate::migration::{self, Criu, Job};
 use crate::rootfs;
 use crate::runtime::{Input, Runtime};
 
@@ -25,32 +28,70 @@ const OLDEST_SPEC: &str = "1.0.0";
 
 /// The container kind.
 pub struct Containers {
-    config: ContainerConfig,
-    oci_root: PathBuf,
-    reaper: Arc<Reaper>,
+    pub(crate) config: ContainerConfig,
+    pub(crate) folders: Folders,
+    pub(crate) reaper: Arc<Reaper>,
     events: EventSender,
     binary: OnceCell<PathBuf>,
     hierarchies: OnceLock<Arc<Hierarchies>>,
+    pub(crate) criu: OnceCell<Criu>,
+    /// Who the pod is ([`crate::pod_uuid`]).
+    pub(crate) identity: OnceLock<String>,
+    /// Whom it waits for, as a migration's target.
+    pub(crate) source: OnceLock<String>,
+    /// Its source has come.
+    source_came: AtomicBool,
+    /// The sandbox and its containers, those that were deleted among them.
+    pub(crate) pod: Mutex<Vec<Weak<Container>>>,
+    /// The migration under way.
+    pub(crate) job: Mutex<Option<Arc<Job>>>,
+}
+
+/// Where a handler keeps what.
+#[derive(Debug, Clone)]
+pub struct Folders {
+    /// The OCI runtime's state, below it in `<containerd namespace>/<sandbox id>`.
+    pub oci_root: PathBuf,
+    /// Memory and files of a pod on its way: a real disk, or it costs memory.
+    pub checkpoints: PathBuf,
+    /// The sockets on which pods wait for their migration source.
+    pub sockets: PathBuf,
+}
+
+impl Folders {
+    /// Those below the two directories of the configuration.
+    pub fn below(state_dir: &Path, cache_dir: &Path) -> Self {
+        Self {
+            oci_root: state_dir.join("oci"),
+            checkpoints: cache_dir.join("checkpoints"),
+            sockets: migration::sockets_dir(state_dir),
+        }
+    }
 }
 
 impl Containers {
-    /// A handler that keeps the OCI runtime's state in `oci_root`, below it in
-    /// `<containerd namespace>/<sandbox id>`, and sends its events to `events`. Runs
-    /// nothing yet.
+    /// A handler that keeps its files in `folders`, and sends its events to `events`.
+    /// Runs nothing yet.
     #[expect(clippy::new_ret_no_self, reason = "callers hold any kind of handler")]
     pub fn new(
         config: ContainerConfig,
-        oci_root: PathBuf,
+        folders: Folders,
         reaper: Arc<Reaper>,
         events: EventSender,
     ) -> Arc<dyn RuntimeHandler> {
         Arc::new(Self {
             config,
-            oci_root,
+            folders,
             reaper,
             events,
             binary: OnceCell::new(),
             hierarchies: OnceLock::new(),
+            criu: OnceCell::new(),
+            identity: OnceLock::new(),
+            source: OnceLock::new(),
+            source_came: AtomicBool::new(false),
+            pod: Mutex::default(),
+            job: Mutex::default(),
         })
     }
 
@@ -66,13 +107,17 @@ impl Containers {
     fn pod_root(&self, containerd_namespace: &str, sandbox_id: &str) -> Result<PathBuf> {
         check_name("containerd namespace", containerd_namespace)?;
         check_name("sandbox id", sandbox_id)?;
-        Ok(self.oci_root.join(containerd_namespace).join(sandbox_id))
+        Ok(self
+            .folders
+            .oci_root
+            .join(containerd_namespace)
+            .join(sandbox_id))
     }
 
     async fn runtime(&self, pod_root: PathBuf, spec_version: &str) -> Result<Runtime> {
         let need = Need::new(spec_version, self.hierarchies()?);
         // Beside the state of the namespaces, whose names are not ours.
-        let cache = self.oci_root.with_file_name("oci-runtime.json");
+        let cache = self.folders.oci_root.with_file_name("oci-runtime.json");
         let choose = || choose(&self.config, &need, &cache, &self.reaper);
         let binary = self.binary.get_or_try_init(choose).await?;
         Ok(Runtime::new(
@@ -94,8 +139,22 @@ impl RuntimeHandler for Containers {
         let root = self.pod_root(&spec.containerd_namespace, &spec.pod.sandbox_id)?;
         let runtime = self.runtime(root, spec.oci.version()).await?;
         let hierarchies = Arc::clone(self.hierarchies()?);
-        let container = Container::create(spec, runtime, hierarchies, self.events.clone()).await?;
-        Ok(Arc::new(container))
+        let is_sandbox = spec.role == Role::Sandbox;
+        if is_sandbox {
+            self.meet(&spec);
+        }
+        let incoming = !is_sandbox && self.awaits_source();
+        let events = self.events.clone();
+        let container = Container::create(spec, runtime, hierarchies, events, incoming).await?;
+        let container = Arc::new(container);
+        lock(&self.pod).push(Arc::downgrade(&container));
+        Ok(container)
+    }
+
+    fn migration(&self) -> Result<&dyn Migration> {
+        checkpoints(&self.config)?;
+        migration::find_criu(&self.config)?;
+        Ok(self)
     }
 
     async fn cleanup(&self, container: &ContainerRef) -> Result<()> {
@@ -103,6 +162,9 @@ impl RuntimeHandler for Containers {
         let root = self.pod_root(&container.containerd_namespace, &container.sandbox_id)?;
         let mut cleaned = Ok(());
         if container.role == Role::Sandbox {
+            let identity =
+                migration::pod_uuid(&container.containerd_namespace, &container.sandbox_id);
+            migration::remove_leftovers(&self.folders, &identity.to_string());
             // With task API v3 nobody asks for the pod's other containers. containerd
             // keeps their bundles beside this one, if it still has them.
             let bundles = container.bundle.parent().unwrap_or(Path::new("/"));
@@ -120,6 +182,38 @@ impl RuntimeHandler for Containers {
         let _ = fs::remove_dir(&root);
         cleaned
     }
+}
+
+impl Containers {
+    /// Notes who the pod is, and whom it waits for.
+    fn meet(&self, spec: &ContainerSpec) {
+        let identity = migration::pod_uuid(&spec.containerd_namespace, &spec.pod.sandbox_id);
+        let _ = self.identity.set(identity.to_string());
+        if let Some(source) = source_of(&spec.pod) {
+            let _ = self.source.set(source.to_owned());
+        }
+    }
+
+    fn awaits_source(&self) -> bool {
+        self.source.get().is_some() && !self.source_came.load(Ordering::Relaxed)
+    }
+
+    /// Containers that are created from now on run as any.
+    pub(crate) fn arrived(&self) {
+        self.source_came.store(true, Ordering::Relaxed);
+    }
+
+    /// The pause container.
+    pub(crate) fn sandbox(&self) -> Option<Arc<Container>> {
+        lock(&self.pod)
+            .iter()
+            .filter_map(Weak::upgrade)
+            .find(|container| container.about.role == Role::Sandbox)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Ids of the containers that have state in `root`.
@@ -167,7 +261,7 @@ impl Containers {
                 Command::Delete { id },
                 id,
                 systemd,
-                &self.oci_root,
+                &self.folders.oci_root,
                 Input::None,
             );
             match delete.await {
@@ -184,7 +278,7 @@ impl Containers {
 }
 
 /// Names become file names.
-fn check_name(what: &str, name: &str) -> Result<()> {
+pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-' | '+');
     if !name.is_empty() && name.chars().all(plain) && !name.chars().all(|c| c == '.') {
         return Ok(());

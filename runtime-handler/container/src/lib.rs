@@ -6,6 +6,7 @@
 //!    choose: which OCI runtime            runtime: the only module that runs it
 //!                                            |
 //!                                         command: its argv and its errors (pure)
+//!    migration: checkpoint, copy and restore on another node
 //! ```
 //!
 //! Whatever the kernel does as well without the OCI runtime's process being started
@@ -19,9 +20,11 @@ mod facts;
 mod handler;
 mod idmap;
 mod left;
+mod migration;
 mod process;
 mod rootfs;
 mod runtime;
 
 pub use choose::{check, features};
-pub use handler::Containers;
+pub use handler::{Containers, Folders};
+pub use migration::{pod_uuid, socket_path};

@@ -82,6 +82,7 @@ impl Runtime {
             }))
             // It would take the shim's own notifications (sd_notify) for the container's.
             .env_remove("NOTIFY_SOCKET")
+            .envs(command.env(std::env::var_os("PATH").as_deref()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());

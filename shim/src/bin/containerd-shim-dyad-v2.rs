@@ -18,9 +18,10 @@ fn main() -> ExitCode {
 fn handler(context: BackendContext) -> HandlerFuture {
     Box::pin(async move {
         let reaper = Reaper::start().context(|| "start reaping children".into())?;
+        let config = context.config;
         Ok(dyad_container::Containers::new(
-            context.config.container,
-            context.config.state_dir.join("oci"),
+            config.container,
+            dyad_container::Folders::below(&config.state_dir, &config.cache_dir),
             reaper,
             context.events,
         ))

@@ -1,5 +1,6 @@
 //! A pod's worth of scaffolding around a real OCI runtime. Needs root, busybox (static)
 //! and runc; says so when one is missing.
+#![allow(dead_code, reason = "each test uses its part of it")]
 
 use std::env;
 use std::fs::{self, File};
@@ -9,8 +10,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use dyad_container::Containers;
-use dyad_runtime_handler::config::ContainerConfig;
+use dyad_container::{Containers, Folders};
+use dyad_runtime_handler::config::{ContainerConfig, annotation};
 use dyad_runtime_handler::handler::{
     ContainerRef, Event, Exit, Instance, ProcessId, RuntimeHandler,
 };
@@ -74,6 +75,26 @@ fn runc() -> PathBuf {
         .expect("no runc: install it, run hack/up once, or set DYAD_TEST_RUNC")
 }
 
+/// `DYAD_TEST_CRIU`, or the one that hack/lib/criu.sh fetched; `None`: that on `PATH`.
+fn criu() -> Option<PathBuf> {
+    if let Some(given) = env::var_os("DYAD_TEST_CRIU") {
+        return Some(given.into());
+    }
+    let cache = env::var_os("DYAD_CACHE").map(PathBuf::from).or_else(|| {
+        let home = env::var_os("HOME")?;
+        Some(Path::new(&home).join(".cache/dyad"))
+    });
+    fs::read_dir(cache?)
+        .ok()?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|dir| {
+            dir.file_name()
+                .is_some_and(|n| n.to_string_lossy().starts_with("criu-"))
+        })
+        .map(|dir| dir.join("criu"))
+        .find(|criu| criu.exists())
+}
+
 fn on_path(name: &str) -> Option<PathBuf> {
     env::split_paths(&env::var_os("PATH")?)
         .map(|dir| dir.join(name))
@@ -90,6 +111,13 @@ pub struct Pod {
     pub spec: Value,
     pub temp: TempDir,
     pub reaper: Arc<Reaper>,
+    /// Kubernetes' name; empty outside CRI.
+    pub name: String,
+    pub is_sandbox: bool,
+    /// Whom it waits for, as a migration's target.
+    pub source: Option<String>,
+    /// Of the image; the root is an overlay where it is not this container's own.
+    image: PathBuf,
 }
 
 /// The test's ends of a process's FIFOs.
@@ -112,8 +140,10 @@ impl Pod {
         let handler = Containers::new(
             ContainerConfig {
                 runtime: Some(runc()),
+                criu: criu(),
+                ..ContainerConfig::default()
             },
-            temp.path().join("oci"),
+            Folders::below(temp.path(), &temp.path().join("cache")),
             Arc::clone(&reaper),
             sender,
         );
@@ -144,9 +174,81 @@ impl Pod {
             handler,
             events,
             spec,
+            image: temp.path().join("image"),
             temp,
             reaper,
+            name: String::new(),
+            is_sandbox: false,
+            source: None,
         }
+    }
+
+    /// Has the image of `other`.
+    pub fn share_image(&mut self, other: &Self) {
+        self.image.clone_from(&other.image);
+    }
+
+    /// A network namespace of its own, as a pod's pause container gets one.
+    pub fn own_network(&mut self) {
+        let namespaces = self.spec["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.push(json!({"type": "network"}));
+    }
+
+    /// Shares the namespaces of the pause container, as CRI says it.
+    pub fn join(&mut self, pause: u32) {
+        let namespaces = self.spec["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.retain(|ns| ns["type"] == "pid" || ns["type"] == "mount");
+        for (kind, file) in [("ipc", "ipc"), ("uts", "uts"), ("network", "net")] {
+            namespaces.push(json!({"type": kind, "path": format!("/proc/{pause}/ns/{file}")}));
+        }
+    }
+
+    /// A named container's root is an overlay, as a snapshotter's.
+    fn root_mount(&self) -> RootMount {
+        if self.name.is_empty() {
+            return RootMount {
+                fstype: "bind".into(),
+                source: self.image.display().to_string(),
+                options: vec!["rbind".into(), "rw".into()],
+            };
+        }
+        let dir = |name: &str| {
+            let dir = self.temp.path().join(name);
+            fs::create_dir_all(&dir).unwrap();
+            dir
+        };
+        RootMount {
+            fstype: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![
+                format!("lowerdir={}", self.image.display()),
+                format!("upperdir={}", dir("upper").display()),
+                format!("workdir={}", dir("work").display()),
+            ],
+        }
+    }
+
+    /// The exit of this container's process, told to the handler of `pod`.
+    pub async fn wait_exit(&self, exec: Option<&str>, pod: &mut Self) -> u32 {
+        let expected = ProcessId {
+            container: self.id.clone(),
+            exec: exec.map(str::to_owned),
+        };
+        match pod.next_event().await {
+            Event::Exited { process, exit } if process == expected => exit.status,
+            other => panic!("{other:?} instead of the exit of {expected}"),
+        }
+    }
+
+    /// As [`Self::assert_nothing_left`], of one container of a pod.
+    pub fn assert_gone(&self) {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        // Its image may serve another.
+        assert!(
+            !mounts.contains(self.bundle().to_str().unwrap()),
+            "a mount is left"
+        );
+        assert_eq!(cgroups_named(&self.id), Vec::<PathBuf>::new());
     }
 
     pub fn bundle(&self) -> PathBuf {
@@ -191,18 +293,23 @@ impl Pod {
             .create(ContainerSpec {
                 id: self.id.clone(),
                 containerd_namespace: NAMESPACE.into(),
-                name: String::new(),
-                role: Role::Container,
+                name: self.name.clone(),
+                role: if self.is_sandbox {
+                    Role::Sandbox
+                } else {
+                    Role::Container
+                },
                 pod: PodInfo {
                     sandbox_id: self.sandbox_id.clone(),
+                    annotations: self
+                        .source
+                        .iter()
+                        .map(|source| (annotation::MIGRATION_SOURCE.to_owned(), source.clone()))
+                        .collect(),
                     ..PodInfo::default()
                 },
                 bundle,
-                rootfs: vec![RootMount {
-                    fstype: "bind".into(),
-                    source: self.temp.path().join("image").display().to_string(),
-                    options: vec!["rbind".into(), "rw".into()],
-                }],
+                rootfs: vec![self.root_mount()],
                 oci,
                 stdio,
             })
@@ -352,7 +459,8 @@ fn make_root(root: &Path) {
     let busybox = on_path("busybox").expect("no busybox: install busybox-static");
     fs::copy(busybox, root.join("bin/busybox")).unwrap();
     for applet in [
-        "sh", "cat", "echo", "sleep", "stty", "tail", "id", "true", "touch", "ls", "dd",
+        "sh", "cat", "echo", "sleep", "stty", "tail", "id", "true", "touch", "ls", "dd", "rm",
+        "wc", "mkfifo",
     ] {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
     }

@@ -31,6 +31,11 @@ fn facts(pod: &Pod) -> String {
         ("Kind", pod.kind.clone()),
         ("State", pod.summary()),
     ];
+    if pod.kind == "container" {
+        // What the target of a migration names in dyad.dev/migration-source.
+        let identity = dyad_container::pod_uuid(&pod.containerd_namespace, &pod.sandbox_id);
+        facts.push(("Identity", identity.to_string()));
+    }
     if let Some(machine) = &pod.machine {
         facts.extend([
             (
@@ -94,6 +99,8 @@ mod tests {
             text.contains("State:    paused\n") && !text.contains("Machine"),
             "{text}"
         );
+        let identity = dyad_container::pod_uuid("k8s.io", "1aaa");
+        assert!(text.contains(&format!("Identity: {identity}\n")), "{text}");
         pod.machine = Some(crate::model::Machine {
             uuid: "u".into(),
             domain: "dyad-u".into(),

@@ -1,0 +1,315 @@
+//! A pod of containers moves between two nodes, each with its own containerd. Brings both
+//! up by `hack/up --nodes 2` in `$DYAD_E2E_DIR-nodes`, and takes them down.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use dyad_e2e::command;
+use dyad_e2e::env::{Env, Version, repository};
+use dyad_e2e::host::{cgroup_parent, remove_cgroup_parent};
+use dyad_e2e::logs::Logs;
+use dyad_e2e::wait::until;
+use serde_json::json;
+
+const SOON: Duration = Duration::from_secs(60);
+const UP: Duration = Duration::from_secs(40 * 60);
+/// dyadctl's exit code for what the state, or the host, does not allow.
+const REFUSED: i32 = 4;
+
+/// Counts through a pipe: on stdout, in a file of its own, in a volume.
+const COUNT: &str = "mkfifo /tmp/p; exec 4<>/tmp/p; exec 3>>/count; i=0; while :; do \
+     echo $i >&4; read j <&4; echo n $j; echo $j >&3; echo $j > /v/now; i=$((i+1)); sleep 0.05; done";
+
+/// Both nodes; down when dropped.
+struct Nodes {
+    dir: PathBuf,
+    nodes: [Env; 2],
+}
+
+impl Nodes {
+    fn up() -> Result<Self> {
+        let dir = std::env::var("DYAD_E2E_DIR").unwrap_or_else(|_| "/tmp/dyad-e2e".into());
+        let dir = PathBuf::from(format!("{dir}-mc"));
+        let node = |name: &str| Env {
+            dir: dir.join(name),
+            version: Version::V2_3,
+        };
+        let nodes = Self {
+            nodes: [node("n1"), node("n2")],
+            dir,
+        };
+        nodes.hack("down", &[])?;
+        let mut options = vec!["--nodes", "2"];
+        let profile = std::env::var("DYAD_E2E_PROFILE").unwrap_or_else(|_| "release".into());
+        options.extend(["--profile", &profile]);
+        if std::env::var_os("DYAD_E2E_NO_BUILD").is_some() {
+            options.push("--no-build");
+        }
+        nodes.hack("up", &options)?;
+        Ok(nodes)
+    }
+
+    fn hack(&self, name: &str, options: &[&str]) -> Result<()> {
+        let mut program = Command::new(repository().join("hack").join(name));
+        program.arg("--dir").arg(&self.dir).args(options);
+        command::run(&mut program, b"", UP)?.success(&format!("hack/{name}"))?;
+        Ok(())
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        for node in &self.nodes {
+            let _ = node.crictl().run(&["rmp", "--force", "--all"], b"");
+        }
+        let _ = self.hack("down", &[]);
+        for node in &self.nodes {
+            remove_cgroup_parent(&node.dir);
+        }
+    }
+}
+
+/// A pod with one container, on one node.
+struct Pod<'a> {
+    env: &'a Env,
+    id: String,
+    container: String,
+    dir: PathBuf,
+}
+
+impl<'a> Pod<'a> {
+    fn run(env: &'a Env, name: &str, source: Option<&str>) -> Result<Self> {
+        let dir = env.dir.join("log/pods").join(name);
+        let volume = dir.join("volumes/kubernetes.io~empty-dir/v");
+        fs::create_dir_all(&volume)?;
+        // As kubelet says it: processes of a container see their own alone.
+        let security = json!({"namespace_options": {"pid": 1}});
+        let annotations = match source {
+            Some(source) => json!({"dyad.dev/migration-source": source}),
+            None => json!({}),
+        };
+        let pod = json!({
+            "metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}-{}", env.dir.display())},
+            "hostname": name,
+            "log_directory": dir,
+            "annotations": annotations,
+            "linux": {
+                "cgroup_parent": format!("/{}/{name}", cgroup_parent(&env.dir)),
+                "security_context": security,
+            },
+        });
+        let container = json!({
+            "metadata": {"name": "app"},
+            "image": {"image": "dyad.test/busybox:1"},
+            "command": ["/bin/sh", "-c", COUNT],
+            "mounts": [{"host_path": volume, "container_path": "/v"}],
+            "log_path": "app.log",
+            "linux": {
+                "security_context": security,
+                "resources": {"memory_limit_in_bytes": 128 << 20},
+            },
+        });
+        let crictl = env.crictl();
+        let id = crictl.runp("dyad", &pod)?;
+        let container = crictl.create(&id, &container, &pod)?;
+        crictl.start(&container)?;
+        Ok(Self {
+            env,
+            id,
+            container,
+            dir,
+        })
+    }
+
+    fn state(&self) -> Result<String> {
+        let state = self.env.dyadctl(&["state", &self.id])?;
+        Ok(state.success("dyadctl state")?.text())
+    }
+
+    fn identity(&self) -> Result<String> {
+        let state = self.state()?;
+        let line = state
+            .lines()
+            .find_map(|line| line.strip_prefix("Identity:"));
+        Ok(line
+            .context("no identity in dyadctl state")?
+            .trim()
+            .to_owned())
+    }
+
+    /// Where it waits for its source, once it does.
+    fn socket(&self, source: &str) -> Result<String> {
+        let path = self
+            .env
+            .dir
+            .join(format!("dyad/run/migration/{source}.sock"));
+        until(SOON, "the target to wait", || {
+            Ok(path.exists().then_some(()))
+        })?;
+        Ok(format!("unix://{}", path.display()))
+    }
+
+    fn log(&self) -> Result<String> {
+        let file = fs::read(self.dir.join("app.log")).unwrap_or_default();
+        Ok(Logs::parse(&file).out())
+    }
+
+    fn counts(&self) -> Result<Vec<u64>> {
+        let log = self.log()?;
+        let numbers = log.lines().filter_map(|line| line.strip_prefix("n "));
+        numbers.map(|number| Ok(number.parse()?)).collect()
+    }
+
+    /// Waits until it has counted on.
+    fn goes_on(&self) -> Result<()> {
+        let had = self.counts()?.len();
+        until(SOON, "it to count", || {
+            Ok((self.counts()?.len() > had + 5).then_some(()))
+        })
+    }
+
+    fn remove(&self) -> Result<()> {
+        self.env.crictl().rmp_force(&self.id)
+    }
+}
+
+fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: T, wanted: T) -> Result<()> {
+    if found != wanted {
+        bail!("{what}: {found:?} instead of {wanted:?}");
+    }
+    Ok(())
+}
+
+fn contains(text: &str, word: &str) -> Result<()> {
+    if !text.contains(word) {
+        bail!("{word:?} is not in {text:?}");
+    }
+    Ok(())
+}
+
+fn entries(dir: &Path) -> usize {
+    fs::read_dir(dir).map_or(0, Iterator::count)
+}
+
+#[test]
+fn a_pod_of_containers_moves_and_only_one_runs() {
+    let nodes = Nodes::up().unwrap();
+    let logs: Vec<_> = nodes.nodes.iter().map(Env::log_mark).collect();
+    let result = trial(&nodes).map_err(|error| {
+        let tails: Vec<_> = nodes
+            .nodes
+            .iter()
+            .zip(&logs)
+            .map(|(node, mark)| node.log_tail(mark, &["migrat".into()]))
+            .collect();
+        anyhow!("{error:#}\n{}", tails.join("\n"))
+    });
+    drop(nodes);
+    result.unwrap();
+}
+
+fn trial(nodes: &Nodes) -> Result<()> {
+    let [one, two] = &nodes.nodes;
+    let source = Pod::run(one, "web", None)?;
+    source.goes_on()?;
+    let identity = source.identity()?;
+    let migrate = |arguments: &[&str]| {
+        let mut all = vec!["migrate", &source.id];
+        all.extend(arguments);
+        one.dyadctl(&all)
+    };
+
+    // Nobody waits: refused, and it runs on.
+    let nowhere = format!("unix://{}/nowhere.sock", two.dir.display());
+    let refused = migrate(&["--to", &nowhere])?;
+    same("exit code", refused.code(), REFUSED)?;
+    contains(&refused.stderr, "create the target pod first")?;
+    source.goes_on()?;
+
+    // A target that is deleted while it waits goes without a trace.
+    let target = Pod::run(two, "early", Some(&identity))?;
+    contains(&target.state()?, "incoming")?;
+    target.socket(&identity)?;
+    target.remove()?;
+    source.goes_on()?;
+
+    // Given up in the middle: 1 MiB/s for 16 MiB.
+    let target = Pod::run(two, "given-up", Some(&identity))?;
+    let to = target.socket(&identity)?;
+    let volume = source.dir.join("volumes/kubernetes.io~empty-dir/v/big");
+    fs::write(&volume, vec![1; 16 << 20])?;
+    let given_up = std::thread::scope(|scope| -> Result<_> {
+        let migrating = scope.spawn(|| migrate(&["--to", &to, "--bandwidth", "1"]));
+        let arrives = target.dir.join("volumes/kubernetes.io~empty-dir/v/big");
+        let cancelled = until(SOON, "files to arrive", || {
+            Ok(arrives.exists().then_some(()))
+        })
+        .and_then(|()| migrate(&["--cancel"])?.success("dyadctl migrate --cancel"));
+        let migrated = migrating.join().map_err(|_| anyhow!("a thread panicked"))?;
+        cancelled?;
+        migrated
+    })?;
+    if given_up.code() == 0 {
+        bail!(
+            "a migration that was given up succeeded: {}",
+            given_up.text()
+        );
+    }
+    source.goes_on()?;
+    same("lines of a target that failed", target.log()?.as_str(), "")?;
+    target.remove()?;
+    fs::remove_file(&volume)?;
+
+    // It moves.
+    let target = Pod::run(two, "web", Some(&identity))?;
+    let to = target.socket(&identity)?;
+    migrate(&["--to", &to])?.success("dyadctl migrate")?;
+    target.goes_on()?;
+    let all = [source.counts()?, target.counts()?].concat();
+    let wanted: Vec<u64> = (0..all.len() as u64).collect();
+    same("lines over both logs", all, wanted)?;
+    contains(&target.state()?, "running")?;
+    let crictl = two.crictl();
+    let seen = crictl.exec(
+        &target.container,
+        &[
+            "sh",
+            "-c",
+            "head -n1 /count; wc -l < /count; cat /v/now; hostname",
+        ],
+    )?;
+    let seen = seen.success("exec in what arrived")?.text();
+    contains(&seen, "0\n")?;
+    contains(&seen, "web")?;
+    same(
+        "target",
+        crictl.status(&target.container)?.state.as_str(),
+        "CONTAINER_RUNNING",
+    )?;
+
+    // The source has left, with 0, and never runs again.
+    let left = until(SOON, "the source to have left", || {
+        let status = one.crictl().status(&source.container)?;
+        Ok((status.state == "CONTAINER_EXITED").then_some(status))
+    })?;
+    same("exit code", left.exit_code, 0)?;
+    same("tombstones", entries(&one.dir.join("dyad/lib/migrated")), 1)?;
+    let again = one.crictl().run(&["start", &source.container], b"")?;
+    if again.code() == 0 {
+        bail!("the source was started again");
+    }
+    source.remove()?;
+    target.goes_on()?;
+    for node in [one, two] {
+        same(
+            "checkpoints",
+            entries(&node.dir.join("dyad/lib/checkpoints")),
+            0,
+        )?;
+    }
+    crictl.stop(&target.container, 1)?;
+    target.remove()
+}
