@@ -494,7 +494,12 @@ impl Machine {
             Hurry::Pause => Ok(self.libvirt.suspend_for_migration(uuid).await?),
             Hurry::PostCopy => {
                 // It is possible only once the disks are copied.
-                while !self.libvirt.job(uuid).await.is_ok_and(|job| job.memory_done != 0) {
+                while !self
+                    .libvirt
+                    .job(uuid)
+                    .await
+                    .is_ok_and(|job| job.memory_done != 0)
+                {
                     if !self.leaving.load(Ordering::Relaxed) || self.moved.load(Ordering::Relaxed) {
                         return Ok(());
                     }
