@@ -17,6 +17,7 @@ use tokio::sync::{oneshot, watch};
 use crate::config::Kind;
 use crate::error::{Error, Result};
 use crate::handler::{ContainerRef, Event, EventSender, Exit, Instance, ProcessId, RuntimeHandler};
+use crate::migration::{Arrival, Hurry, Migration, MigrationParameters, MigrationProgress, Sent};
 use crate::spec::{ContainerSpec, ExecSpec, Resources, Stdio};
 use crate::stats::{CpuStats, Hierarchy, MemoryStats, PidsStats, Stats};
 
@@ -45,6 +46,7 @@ pub struct Fake {
 struct Script {
     replies: HashMap<&'static str, VecDeque<Reply>>,
     instances: BTreeMap<String, Arc<FakeInstance>>,
+    brings: Vec<u8>,
 }
 
 /// One scripted container.
@@ -105,6 +107,11 @@ impl Fake {
             .get(&process.container)
             .cloned();
         instance.is_some_and(|instance| instance.end(process.exec.as_deref(), status))
+    }
+
+    /// What the next `receive` brings as the pod's state.
+    pub fn brings(&self, pod: Vec<u8>) {
+        lock(&self.script).brings = pod;
     }
 
     /// Sends any event.
@@ -198,6 +205,50 @@ impl RuntimeHandler for Arc<Fake> {
         self.call("cleanup", &container.id).await?;
         lock(&self.script).instances.remove(&container.id);
         Ok(())
+    }
+
+    fn migration(&self) -> Result<&dyn Migration> {
+        Ok(&**self)
+    }
+}
+
+/// `send` comes to [`Sent::Moved`] where it succeeds; `receive` brings every container
+/// that is there, with the pod's state that [`Fake::brings`] named.
+#[async_trait]
+impl Migration for Fake {
+    async fn check(&self, parameters: &MigrationParameters) -> Result<()> {
+        self.call("check", &parameters.destination).await
+    }
+
+    async fn send(
+        &self,
+        parameters: &MigrationParameters,
+        _pod: Vec<u8>,
+        _progress: watch::Sender<MigrationProgress>,
+    ) -> Result<Sent> {
+        self.call("send", &parameters.destination).await?;
+        Ok(Sent::Moved)
+    }
+
+    async fn cancel(&self) -> Result<()> {
+        self.call("cancel", "").await
+    }
+
+    async fn hurry(&self, how: Hurry) -> Result<()> {
+        self.call("hurry", format!("{how:?}")).await
+    }
+
+    async fn receive(&self) -> Result<Arrival> {
+        self.call("receive", "").await?;
+        let script = lock(&self.script);
+        Ok(Arrival {
+            pod: script.brings.clone(),
+            processes: script
+                .instances
+                .values()
+                .map(|instance| (instance.process(None), instance.pid))
+                .collect(),
+        })
     }
 }
 

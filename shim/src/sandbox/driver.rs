@@ -145,8 +145,14 @@ impl Driver {
     // --- Changes, in order -------------------------------------------------------
 
     fn enqueue(&mut self, process: ProcessId, change: Change) {
-        let Some(task) = self.tasks.get_mut(&process.container) else {
+        if !self.tasks.contains_key(&process.container) {
             return change.refuse(not_found(&process.container));
+        }
+        if let Err(error) = self.barred_by_migration(&process, &change) {
+            return change.refuse(error);
+        }
+        let Some(task) = self.tasks.get_mut(&process.container) else {
+            return;
         };
         let container = process.container.clone();
         let class = change.class(&process);

@@ -113,13 +113,10 @@ impl Containers {
                 wire.send(&aborted).await?;
                 return Ok(None);
             }
-            let refusal = match self
+            let refusal = self
                 .compare(&mut wire, protocol, &theirs, source, criu)
                 .await?
-            {
-                Ok(()) => None,
-                Err(reason) => Some(reason),
-            };
+                .err();
             match refusal {
                 Some(reason) => {
                     wire.send(&Message::Refuse { reason }).await?;

@@ -191,6 +191,7 @@ impl Machine {
         debug!("machine {uuid} is {found:?}");
         match found {
             Whereabouts::Here => {
+                self.give_up.store(false, Ordering::Relaxed);
                 self.leaving.store(false, Ordering::Relaxed);
                 self.folder.save(&self.record)?;
                 Err(moved.err().unwrap_or_else(|| {
