@@ -21,6 +21,9 @@ in_node() {
     fi
 }
 
+# node_name DIR NUMBER: its host name; two nodes must differ in it.
+node_name() { printf 'node%s-%s\n' "$2" "$(short_hash "$1")"; }
+
 # start_node DIR: makes the namespaces, unless they are there.
 start_node() {
     local dir=$1 number pid i
@@ -28,7 +31,7 @@ start_node() {
     read -r _ number <"$dir/node"
     # shellcheck disable=SC2016
     start_daemon "$dir" node unshare --mount --net --uts --propagation slave \
-        sh -c 'hostname "$1" && ip link set lo up && touch "$2" && exec sleep infinity' node "node$number-$(short_hash "$dir")" "$dir/pid/node.ready"
+        sh -c 'hostname "$1" && ip link set lo up && touch "$2" && exec sleep infinity' node "$(node_name "$dir" "$number")" "$dir/pid/node.ready"
     pid=$(daemon_pid "$dir" node) || die "the namespaces of $dir did not come up"
     for ((i = 0; i < 100; i++)); do
         [ ! -e "$dir/pid/node.ready" ] || break
@@ -60,6 +63,15 @@ start_node_network() {
         in_node "$dir" ip addr add "$subnet.$((number + 1))/24" dev "$NODE_BRIDGE"
         in_node "$dir" ip link set "$NODE_BRIDGE" mtu 1450 up
         in_node "$dir" ip route add default via "$subnet.1"
+    fi
+    # libvirt looks its own host's name up at each step of a migration: without an answer, each takes many seconds.
+    if [ ! -e "$dir/hosts" ]; then
+        cp /etc/hosts "$dir/hosts"
+        for number in 1 2; do
+            printf '%s.%s %s\n' "$subnet" "$((number + 1))" "$(node_name "$parent/n$number" "$number")" >>"$dir/hosts"
+        done
+        read -r parent number <"$dir/node"
+        in_node "$dir" mount --bind "$dir/hosts" /etc/hosts
     fi
     write_conflist "$dir" "$NODE_BRIDGE" "$subnet" "\"rangeStart\": \"$subnet.$((number == 1 ? 16 : 128))\", \"rangeEnd\": \"$subnet.$((number == 1 ? 127 : 250))\", "
 }

@@ -312,6 +312,12 @@ impl Container {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Its source does not come: lets go of its stdio, since whoever reads that waits for the
+    /// end. Says whether it was waiting.
+    pub fn stop_waiting(&self) -> bool {
+        self.lock().waiting.take().is_some()
+    }
+
     /// Leaves its volumes in the guest as they are.
     pub fn stop_syncing(&self) {
         if let Some(task) = self.lock().sync.take() {
@@ -384,6 +390,9 @@ impl Instance for ContainerInstance {
     }
 
     async fn stop(&self, grace: Duration) -> Result<()> {
+        if self.0.stop_waiting() {
+            return Ok(());
+        }
         let process = ProcessId::init(&self.0.id);
         for (signal, bound) in [(libc::SIGTERM, grace), (libc::SIGKILL, KILL_PATIENCE)] {
             if !self.0.machine.is_running(&process) {

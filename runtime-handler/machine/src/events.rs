@@ -40,6 +40,8 @@ impl Ending {
 pub enum Change {
     /// It was powered on.
     Started,
+    /// It was made ready to take in a migration; its vCPUs stand still.
+    Arriving,
     /// The vCPUs stopped.
     Suspended,
     /// The vCPUs run.
@@ -58,6 +60,7 @@ pub enum Change {
 pub fn lifecycle(event: i32, detail: i32) -> Option<Change> {
     match (event, detail) {
         (1, _) => Some(Change::Undefined),
+        (2, 1) => Some(Change::Arriving),
         (2, _) => Some(Change::Started),
         // Asked for (0), I/O error (2), watchdog (3), API error (6). Stops that belong to a
         // migration, a restore or a snapshot are no pause.
@@ -132,7 +135,7 @@ pub fn missed(last: Observed, now: Observed) -> Option<Change> {
 pub fn after(last: Observed, change: Change) -> Observed {
     match change {
         Change::Started | Change::Resumed | Change::Rebooted => Observed::Running,
-        Change::Suspended => Observed::Paused,
+        Change::Suspended | Change::Arriving => Observed::Paused,
         Change::Panicked => last,
         Change::Stopped(ending) => Observed::Off(ending),
         Change::Undefined => match last {
@@ -159,6 +162,7 @@ mod tests {
             (0, 0, None),
             (1, 0, Some(Change::Undefined)),
             (2, 0, Some(Change::Started)),
+            (2, 1, Some(Change::Arriving)),
             (3, 0, Some(Change::Suspended)),
             (3, 1, None),
             (4, 0, Some(Change::Resumed)),

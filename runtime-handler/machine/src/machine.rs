@@ -129,6 +129,8 @@ pub struct Machine {
     give_up: AtomicBool,
     /// So, and it has been told to run over there.
     post_copy: AtomicBool,
+    /// The other side has been told how far each stream is.
+    handed_over: AtomicBool,
     /// It runs elsewhere.
     moved: AtomicBool,
     /// The guest's last event that was told.
@@ -332,6 +334,7 @@ impl Machine {
             leaving: AtomicBool::new(false),
             give_up: AtomicBool::new(false),
             post_copy: AtomicBool::new(false),
+            handed_over: AtomicBool::new(false),
             moved: AtomicBool::new(false),
             events_after: AtomicU64::new(0),
             deleted: AtomicBool::new(false),

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::client::Change;
+use crate::commands::migrate::MigrateArguments;
 use crate::duration::{parse_grace, parse_timeout};
 use crate::error::EXIT_CODES;
 use crate::resolve::Word;
@@ -105,6 +106,12 @@ pub enum Command {
     },
     /// restart --force
     Reset(PodArgument),
+    /// Move a pod to another node, where a target pod waits for it
+    ///
+    /// The target is a pod of the same spec with the annotation dyad.dev/migration-source:
+    /// UUID, where UUID is the machine's as `dyadctl state` tells it. What forbids the move is
+    /// told before anything moves; one that fails or is cancelled leaves the pod running here.
+    Migrate(Box<MigrateArguments>),
     /// Attach this terminal to the machine's serial console (ctrl-] leaves)
     ///
     /// One client at a time can be attached. Without a terminal on standard input, what

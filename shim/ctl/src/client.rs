@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dyad_api::lifecycle::{
-    ConsoleData, PauseRequest, RestartRequest, ResumeRequest, StartRequest, StateRequest,
-    StateResponse, StopRequest, Target, TaskState as WireState, WatchRequest,
+    CancelMigrationRequest, ConsoleData, MigrateRequest, MigrationStage, MigrationStatusRequest,
+    PauseRequest, RestartRequest, ResumeRequest, StartRequest, StateRequest, StateResponse,
+    StopRequest, Target, TaskState as WireState, TimeoutAction, WatchRequest,
 };
 use dyad_api::lifecycle_ttrpc::LifecycleClient;
 use dyad_api::protobuf::EnumOrUnknown;
@@ -14,6 +15,7 @@ use nix::unistd::Uid;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+use crate::commands::migrate::{After, Progress};
 use crate::duration::human;
 use crate::error::{Error, Result};
 use crate::model::{Machine, Pod, ShimProcess, Task, TaskState, Time, Transition};
@@ -199,6 +201,56 @@ impl Client {
         }
     }
 
+    /// Asks for a migration; answers once it is under way.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with what forbids it.
+    pub async fn migrate(&self, request: &MigrationRequest, limit: Duration) -> Result<u64> {
+        let context = ttrpc::context::Context::default();
+        let request = request.wire();
+        let asked = self.rpc.migrate(context, &request);
+        within(limit, self.asked("Migrate"), async {
+            asked
+                .await
+                .map(|answer| answer.migration)
+                .map_err(|error| self.error("Migrate", error))
+        })
+        .await
+    }
+
+    /// The migration under way, or the last one, until it has ended.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub async fn migration_status(&self) -> Result<Migration> {
+        let context = ttrpc::context::Context::default();
+        let request = MigrationStatusRequest::new();
+        match self.rpc.migration_status(context, &request).await {
+            Ok(stream) => Ok(Migration {
+                stream,
+                asked: self.asked("MigrationStatus"),
+            }),
+            Err(error) => Err(self.error("MigrationStatus", error)),
+        }
+    }
+
+    /// Gives the migration up.
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: there is none, or it cannot be given up any more.
+    pub async fn cancel_migration(&self, limit: Duration) -> Result<Pod> {
+        let context = ttrpc::context::Context::default();
+        let request = CancelMigrationRequest::new();
+        within(limit, self.asked("CancelMigration"), async {
+            self.rpc
+                .cancel_migration(context, &request)
+                .await
+                .map(pod)
+                .map_err(|error| self.error("CancelMigration", error))
+        })
+        .await
+    }
+
     /// The machine's serial console. Whether it is free shows at the first
     /// [`ConsoleReader::read`].
     ///
@@ -254,6 +306,100 @@ impl Transitions {
             Err(error) if is_end(&error) => Ok(None),
             Err(error) => Err(classify(self.asked.clone(), error)),
         }
+    }
+}
+
+/// How a pod is to move.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct MigrationRequest {
+    pub destination: String,
+    pub migrate_uri: Option<String>,
+    pub disks_uri: Option<String>,
+    pub bandwidth_mib_s: u64,
+    pub max_downtime: Option<Duration>,
+    pub max_time: Option<Duration>,
+    pub then: After,
+    pub auto_converge: bool,
+    pub parallel: u32,
+    pub tls_required: bool,
+    pub allow_clear: bool,
+    pub tcp_established: bool,
+}
+
+impl MigrationRequest {
+    fn wire(&self) -> MigrateRequest {
+        let action = match self.then {
+            After::Abort => TimeoutAction::ABORT,
+            After::PostCopy => TimeoutAction::POST_COPY,
+            After::Pause => TimeoutAction::PAUSE,
+        };
+        MigrateRequest {
+            destination: self.destination.clone(),
+            migrate_uri: self.migrate_uri.clone().unwrap_or_default(),
+            disks_uri: self.disks_uri.clone().unwrap_or_default(),
+            bandwidth_mib_s: self.bandwidth_mib_s,
+            max_downtime_ms: self.max_downtime.map_or(0, milliseconds),
+            timeout_ms: self.max_time.map_or(0, milliseconds),
+            timeout_action: EnumOrUnknown::new(action),
+            auto_converge: self.auto_converge,
+            parallel: self.parallel,
+            tls_required: self.tls_required,
+            allow_clear: self.allow_clear,
+            tcp_established: self.tcp_established,
+            ..MigrateRequest::default()
+        }
+    }
+}
+
+/// A migration's progress as it is told.
+pub struct Migration {
+    stream: ttrpc::r#async::ClientStreamReceiver<dyad_api::lifecycle::MigrationProgress>,
+    asked: String,
+}
+
+impl Migration {
+    /// The next figures; nothing after the end.
+    ///
+    /// # Errors
+    /// As the shim answers.
+    pub async fn next(&mut self) -> Result<Option<Progress>> {
+        match self.stream.recv().await {
+            Ok(Some(told)) => Ok(Some(Progress {
+                migration: told.migration,
+                stage: stage(told.stage),
+                reason: told.reason,
+                destination: told.destination,
+                bytes_done: told.bytes_done,
+                bytes_total: told.bytes_total,
+                bytes_remaining: told.bytes_remaining,
+                rate: told.rate,
+                dirty_rate: told.dirty_rate,
+                expected_downtime_us: told.expected_downtime_us,
+                downtime_us: told.downtime_us,
+                elapsed_ms: told.elapsed_ms,
+            })),
+            Ok(None) => Ok(None),
+            Err(error) if is_end(&error) => Ok(None),
+            Err(error) => Err(classify(self.asked.clone(), error)),
+        }
+    }
+}
+
+fn stage(stage: EnumOrUnknown<MigrationStage>) -> &'static str {
+    match stage.enum_value() {
+        Ok(MigrationStage::NONE) => "none",
+        Ok(MigrationStage::CHECKING) => "checking",
+        Ok(MigrationStage::PREPARING) => "preparing",
+        Ok(MigrationStage::COPYING) => "copying",
+        Ok(MigrationStage::SWITCHING) => "switching",
+        Ok(MigrationStage::FETCHING) => "fetching",
+        Ok(MigrationStage::FINISHING) => "finishing",
+        Ok(MigrationStage::COMPLETED) => "completed",
+        Ok(MigrationStage::ABANDONED) => "abandoned",
+        Ok(MigrationStage::LOST) => "lost",
+        // Of a newer shim.
+        Err(_) => "unknown",
     }
 }
 

@@ -80,6 +80,9 @@ async fn run(cli: &Cli) -> Result<()> {
         Command::Watch { pod: None } => {
             return commands::watch::all(&config::state_dir(options)?, options, printer).await;
         }
+        Command::Migrate(arguments) => {
+            return commands::migrate::run(&ask(options).await?, arguments, options, printer).await;
+        }
         Command::Console(argument) => {
             return commands::console::run(&ask(options).await?, &argument.pod, options).await;
         }

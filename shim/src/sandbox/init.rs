@@ -1,9 +1,8 @@
 //! The driver's steps for a container and its init process.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use dyad_runtime_handler::config::Kind;
 use dyad_runtime_handler::handler::{Exit, Instance};
 use dyad_runtime_handler::migration;
 use dyad_runtime_handler::spec::{ContainerSpec, Resources, Role};
@@ -282,19 +281,10 @@ impl Driver {
             Err(error) => return self.refused(container, ticket, reply, error),
         };
         match step {
+            Step::EndKept if matches!(self.phase_of(container), Some(Phase::Incoming { .. })) => {
+                return self.end_incoming(container, ticket, instance, signal, reply);
+            }
             Step::EndKept => {
-                // What waits for its source has streams, and the pause container a process.
-                if self.pod.launch.kind == Kind::Container && self.incoming {
-                    let id = container.to_owned();
-                    self.effect(
-                        async move { instance.stop(Duration::ZERO).await },
-                        move |_, stopped| {
-                            if let Err(error) = stopped {
-                                warn!("{id}: {}", error.chain());
-                            }
-                        },
-                    );
-                }
                 let status = 128 + signal.unsigned_abs();
                 let at = SystemTime::now();
                 self.end_for_good(container, 0, Exit { status, at });

@@ -2,10 +2,10 @@
 //! here. Target: the pod waits as Incoming until its source comes.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use dyad_runtime_handler::config::Kind;
-use dyad_runtime_handler::handler::{Exit, ProcessId};
+use dyad_runtime_handler::handler::{Exit, Instance, ProcessId};
 use dyad_runtime_handler::migration::{
     Arrival, Hurry, MigrationParameters, MigrationProgress, Sent, Tombstone, Tombstones,
 };
@@ -565,6 +565,38 @@ impl Driver {
         );
     }
 
+    /// Nobody waits for its source any more; the backend lets go of its stdio.
+    pub(super) fn end_incoming(
+        &mut self,
+        container: &str,
+        ticket: Ticket,
+        instance: Arc<dyn Instance>,
+        signal: i32,
+        reply: Reply<()>,
+    ) {
+        let container = container.to_owned();
+        self.effect(
+            async move { instance.stop(Duration::ZERO).await },
+            move |driver, stopped| {
+                if let Err(error) = stopped {
+                    warn!("{container}: {}", error.chain());
+                }
+                if matches!(
+                    driver.phase_of(&container),
+                    Some(TaskPhase::Incoming { .. })
+                ) {
+                    let exit = Exit {
+                        status: 128 + signal.unsigned_abs(),
+                        at: SystemTime::now(),
+                    };
+                    driver.end_for_good(&container, 0, exit);
+                }
+                let _ = reply.send(Ok(()));
+                driver.finish(&container, ticket);
+            },
+        );
+    }
+
     fn source_came(&mut self, result: Result<Arrival>) {
         let arrived = result.and_then(|arrival| {
             let state = PodState::decode(&arrival.pod)?;
@@ -619,7 +651,7 @@ impl Driver {
 
     // --- Both --------------------------------------------------------------------
 
-    fn phase_of(&self, container: &str) -> Option<TaskPhase> {
+    pub(super) fn phase_of(&self, container: &str) -> Option<TaskPhase> {
         self.tasks.get(container).map(|task| task.phase.clone())
     }
 

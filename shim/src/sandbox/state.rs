@@ -371,6 +371,8 @@ pub fn signal_ends(signal: i32) -> bool {
 pub fn effective(own: State, machine: Option<&State>) -> State {
     let over = matches!(own, State::Exited(_) | State::Migrated | State::Failed(_));
     match machine {
+        // It may be started, so that it waits too.
+        Some(State::Incoming) if own == State::Created => own,
         Some(
             state @ (State::Paused
             | State::Stopping

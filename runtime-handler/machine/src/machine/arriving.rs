@@ -31,8 +31,10 @@ use crate::{cgroup, libvirt::LibvirtError};
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// An event may be lost with a libvirtd that died; the domain's state is not.
 const LOOK_WITHOUT_EVENT: Duration = Duration::from_secs(2);
+/// Where libvirt probes QEMU first, that takes long.
+const QEMU_WITHIN: Duration = Duration::from_secs(120);
 /// The source's hand-over comes within milliseconds, or its shim is dead.
-const HANDOVER_WITHIN: Duration = Duration::from_secs(5);
+const HANDOVER_WITHIN: Duration = Duration::from_secs(10);
 /// The agent answers at once: it has been running all the time.
 const AGENT_WITHIN: Duration = Duration::from_secs(20);
 
@@ -61,7 +63,7 @@ impl Machine {
     pub(super) fn takes_in(&self, change: Change) -> bool {
         let next = match (&*self.arriving.borrow(), change) {
             (Arriving::No, _) => return false,
-            (Arriving::Waiting, Change::Started) => Arriving::Prepared,
+            (Arriving::Waiting, Change::Arriving | Change::Started) => Arriving::Prepared,
             (Arriving::Waiting | Arriving::Prepared, Change::Resumed) => Arriving::Running,
             (Arriving::Prepared | Arriving::Running, Change::Stopped(ending)) => {
                 Arriving::Failed(match ending {
@@ -181,6 +183,9 @@ impl Machine {
         if taken.is_err() {
             let uuid = self.record.uuid;
             self.arriving.send_replace(Arriving::No);
+            for (_, container) in self.named_containers() {
+                container.stop_waiting();
+            }
             for result in [
                 self.libvirt.destroy(uuid).await,
                 self.libvirt.undefine(uuid).await,
@@ -258,6 +263,16 @@ impl Machine {
         }
     }
 
+    fn still_coming(&self) -> Result<()> {
+        match &*self.arriving.borrow() {
+            Arriving::Failed(why) => Err(Error::Unavailable(
+                format!("the migration failed: {why}"),
+                None,
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// What libvirt would have told, had it not been restarted.
     async fn look_up(&self) {
         let state = self.libvirt.state(self.record.uuid).await;
@@ -274,8 +289,18 @@ impl Machine {
 
     async fn place_and_wire(&self) -> Result<u32> {
         let uuid = self.record.uuid;
-        let pid = libvirt::find_qemu(uuid, &self.folder.disk())
-            .context(|| format!("find QEMU of domain {uuid}"))?;
+        let began = Instant::now();
+        let pid = loop {
+            match libvirt::find_qemu(uuid, &self.folder.disk()) {
+                Ok(pid) => break pid,
+                // libvirt may call a domain active before QEMU is there.
+                Err(error) if began.elapsed() > QEMU_WITHIN => {
+                    return Err(error).context(|| format!("find QEMU of domain {uuid}"));
+                }
+                Err(_) => self.still_coming()?,
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        };
         let plan = lock(&self.network).clone();
         if let Some(netns) = &self.record.netns {
             for interface in &plan.interfaces {

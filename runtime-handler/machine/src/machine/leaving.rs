@@ -177,7 +177,7 @@ impl Machine {
             let migrated = self.libvirt.migrate(uuid, job);
             tokio::select! {
                 migrated = migrated => migrated.map_err(Error::from),
-                never = self.observe_job(parameters, &progress) => match never {},
+                never = self.observe_job(parameters, &ready.destination, &progress) => match never {},
             }
         };
         progress.send_modify(|progress| progress.stage = Stage::Finishing);
@@ -289,6 +289,7 @@ impl Machine {
     async fn observe_job(
         &self,
         parameters: &MigrationParameters,
+        destination: &Libvirt,
         progress: &watch::Sender<MigrationProgress>,
     ) -> std::convert::Infallible {
         let uuid = self.record.uuid;
@@ -305,6 +306,10 @@ impl Machine {
                 }
                 let stands = matches!(self.libvirt.state(uuid).await, Ok(Observed::Paused));
                 let post_copy = self.post_copy.load(Ordering::Relaxed);
+                if stands && matches!(destination.state(uuid).await, Ok(Observed::Running)) {
+                    // There is no way back from there, and libvirt may take its time here.
+                    self.hand_over(destination).await;
+                }
                 progress.send_modify(|progress| {
                     *progress = MigrationProgress {
                         stage: match (post_copy, stands) {
@@ -391,25 +396,9 @@ impl Machine {
 
     /// It runs there: lets go of all that could disturb it, and tells where to go on.
     async fn let_go(&self, destination: &Libvirt) {
-        let uuid = self.record.uuid;
         self.moved.store(true, Ordering::Relaxed);
         self.power.send_replace(Power::Off(Some(Ending::Migrated)));
-        let streams = self.agent().hand_over(HANDOVER_WITHIN).await;
-        let handover = Handover {
-            version: offer::VERSION,
-            streams,
-        };
-        let told = match offer::element("handover", &handover) {
-            Ok(element) => destination
-                .set_metadata(uuid, HANDOVER, Some(element), Of::Live)
-                .await
-                .map_err(Error::from),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = told {
-            // The target goes on from what the guest kept: output may be there twice.
-            warn!("hand over the streams of {uuid}: {}", error.chain());
-        }
+        self.hand_over(destination).await;
         for (_, container) in self.living_containers() {
             container.stop_syncing();
         }
@@ -426,6 +415,30 @@ impl Machine {
         record.moved = true;
         if let Err(error) = self.folder.save(&record) {
             warn!("{}", error.chain());
+        }
+    }
+
+    /// Lets go of the link to the guest, once, and tells the target how far each stream is.
+    async fn hand_over(&self, destination: &Libvirt) {
+        let uuid = self.record.uuid;
+        if self.handed_over.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let streams = self.agent().hand_over(HANDOVER_WITHIN).await;
+        let handover = Handover {
+            version: offer::VERSION,
+            streams,
+        };
+        let told = match offer::element("handover", &handover) {
+            Ok(element) => destination
+                .set_metadata(uuid, HANDOVER, Some(element), Of::Live)
+                .await
+                .map_err(Error::from),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = told {
+            // The target goes on from what the guest kept: output may be there twice.
+            warn!("hand over the streams of {uuid}: {}", error.chain());
         }
     }
 

@@ -50,7 +50,7 @@ impl Machine {
                     starting = false;
                     machine.ended(ending);
                 }
-                Change::Undefined => {}
+                Change::Undefined | Change::Arriving => {}
             }
         }
     }

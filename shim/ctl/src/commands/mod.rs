@@ -4,5 +4,6 @@ pub mod change;
 pub mod config;
 pub mod console;
 pub mod list;
+pub mod migrate;
 pub mod state;
 pub mod watch;
