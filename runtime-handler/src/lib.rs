@@ -11,6 +11,7 @@ pub mod config;
 pub mod error;
 pub mod fake;
 pub mod handler;
+pub mod outlet;
 pub mod pump;
 pub mod reaper;
 pub mod spec;

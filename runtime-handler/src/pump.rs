@@ -14,6 +14,7 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -24,6 +25,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
+use crate::outlet::Outlet;
 use crate::spec::Stdio;
 
 /// As much as a pipe holds: one turn empties it.
@@ -182,6 +184,7 @@ pub struct Pump {
     close_stdin: Arc<Notify>,
     /// How many outputs have not come to their end.
     outputs: watch::Receiver<usize>,
+    outlet: Outlet,
     _tasks: JoinSet<()>,
 }
 
@@ -256,6 +259,12 @@ impl Pump {
         Ok(Errno::result(result).map(drop)?)
     }
 
+    /// Where the outputs go, to see at the end that they were read. Once: later there is
+    /// nothing in it.
+    pub fn take_outlet(&mut self) -> Outlet {
+        std::mem::take(&mut self.outlet)
+    }
+
     /// Waits until every output came to its end, at most `bound` (something still
     /// holds the pipe, or nobody reads the FIFO). Returns whether they did.
     pub async fn drained(&self, bound: Duration) -> bool {
@@ -270,6 +279,7 @@ impl Pump {
 struct Streams {
     close_stdin: Arc<Notify>,
     outputs: Arc<watch::Sender<usize>>,
+    outlet: Outlet,
     tasks: JoinSet<()>,
 }
 
@@ -278,6 +288,7 @@ impl Default for Streams {
         Self {
             close_stdin: Arc::default(),
             outputs: Arc::new(watch::Sender::new(0)),
+            outlet: Outlet::default(),
             tasks: JoinSet::new(),
         }
     }
@@ -299,11 +310,17 @@ impl Streams {
     }
 
     fn copy(&mut self, process: Arc<Fd>, fifo: OwnedFd) -> io::Result<()> {
+        let carrying = Arc::new(AtomicBool::new(false));
+        self.outlet.add(
+            fifo.as_fd(),
+            Arc::downgrade(&process),
+            Arc::clone(&carrying),
+        )?;
         let fifo = Fd::new(fifo)?;
         let open = OpenOutput::new(Arc::clone(&self.outputs));
         self.tasks.spawn(async move {
             let _open = open;
-            if let Err(error) = copy(&process, &fifo).await {
+            if let Err(error) = copy(&process, &fifo, &carrying).await {
                 log::warn!("output ends early: {error}");
             }
         });
@@ -315,6 +332,7 @@ impl Streams {
             master,
             close_stdin: self.close_stdin,
             outputs: self.outputs.subscribe(),
+            outlet: self.outlet,
             _tasks: self.tasks,
         }
     }
@@ -365,11 +383,16 @@ fn turn(from: BorrowedFd<'_>, to: &Fd) -> io::Result<io::Result<Turn>> {
 
 /// Copies until the end of `from`. When nobody can take the bytes any more it goes on
 /// reading, so that the process neither blocks nor dies of what is not its fault.
-async fn copy(from: &Fd, to: &Fd) -> io::Result<()> {
+async fn copy(from: &Fd, to: &Fd, carrying: &AtomicBool) -> io::Result<()> {
     loop {
         let moved = match from.when(Interest::READABLE, |fd| turn(fd, to)).await? {
             Ok(Turn::End) => return Ok(()),
-            Ok(Turn::Moved(rest)) => to.write_all(&rest).await,
+            Ok(Turn::Moved(rest)) => {
+                carrying.store(!rest.is_empty(), Ordering::Relaxed);
+                let written = to.write_all(&rest).await;
+                carrying.store(false, Ordering::Relaxed);
+                written
+            }
             Err(error) => Err(error),
         };
         if let Err(error) = moved {

@@ -43,6 +43,7 @@ use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::handler::{Exit, ProcessId};
 use dyad_runtime_handler::spec::{ExecSpec, Stdio};
 use dyad_runtime_handler::stats::Stats;
+use log::debug;
 use oci_spec::runtime::LinuxResources;
 
 use self::stdio::Pump;
@@ -337,6 +338,17 @@ impl Agent {
         match self.pump(id, exec) {
             Some(pump) => pump.drained(within).await,
             None => true,
+        }
+    }
+
+    /// Waits until a process that ended has no output on its way any more: `within`, from
+    /// the guest; then, for a bounded time, until it was read.
+    pub async fn taken(&self, process: &ProcessId, within: Duration) {
+        let pump = self.pumps().get(process).cloned();
+        if let Some(pump) = pump
+            && !pump.taken(within).await
+        {
+            debug!("{process}: told of its end before its output was read");
         }
     }
 

@@ -4,12 +4,13 @@
 //! written is sent to the next one.
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use dyad_agent_api::link::StreamError;
 use dyad_agent_api::link::host::{InputWriter, OutputReader};
+use dyad_runtime_handler::outlet::Outlet;
 use dyad_runtime_handler::pump::Fd;
 use log::warn;
 use tokio::sync::{Notify, watch};
@@ -24,6 +25,7 @@ pub struct Pump {
     close_stdin: Arc<Notify>,
     /// How many outputs have not come to their end.
     outputs: Arc<watch::Sender<usize>>,
+    outlet: Mutex<Outlet>,
     tasks: JoinSet<()>,
 }
 
@@ -32,6 +34,7 @@ impl Default for Pump {
         Self {
             close_stdin: Arc::default(),
             outputs: Arc::new(watch::Sender::new(0)),
+            outlet: Mutex::default(),
             tasks: JoinSet::new(),
         }
     }
@@ -58,6 +61,10 @@ impl Pump {
     /// # Errors
     /// The FIFO cannot be polled.
     pub fn copy(&mut self, from: OutputReader, fifo: OwnedFd) -> io::Result<()> {
+        self.outlet
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .add(fifo.as_fd(), Weak::new(), Arc::default())?;
         let fifo = Fd::new(fifo)?;
         let open = OpenOutput::new(Arc::clone(&self.outputs));
         self.tasks.spawn(async move {
@@ -70,6 +77,14 @@ impl Pump {
     /// Hands over what the FIFO still holds, then closes the process's stdin.
     pub fn close_stdin(&self) {
         self.close_stdin.notify_one();
+    }
+
+    /// Waits until every output came to its end, at most `within`, and was read. Once.
+    pub async fn taken(&self, within: Duration) -> bool {
+        let outlet =
+            std::mem::take(&mut *self.outlet.lock().unwrap_or_else(PoisonError::into_inner));
+        self.drained(within).await;
+        outlet.taken().await
     }
 
     /// Waits until every output came to its end, at most `within`; returns whether.
