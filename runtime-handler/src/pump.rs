@@ -28,8 +28,8 @@ use tokio::task::JoinSet;
 use crate::outlet::Outlet;
 use crate::spec::Stdio;
 
-/// As much as a pipe holds: one turn empties it.
-const BUFFER_BYTES: usize = 64 * 1024;
+/// A quarter of what a pipe holds. It stays resident once there was output.
+const BUFFER_BYTES: usize = 16 * 1024;
 
 thread_local! {
     /// Shared by all streams of a thread: between its read and its write, no other runs.
