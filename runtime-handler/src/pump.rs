@@ -31,10 +31,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
+use crate::outlet::Outlet;
 use crate::spec::Stdio;
 
-/// As much as a pipe holds: one turn empties it.
-const BUFFER_BYTES: usize = 64 * 1024;
+/// A quarter of what a pipe holds. It stays resident once there was output.
+const BUFFER_BYTES: usize = 16 * 1024;
 
 thread_local! {
     /// Shared by all streams of a thread: between its read and its write, no other runs.
@@ -193,6 +194,7 @@ pub struct Pump {
     /// Changes whenever an output got on.
     moved: watch::Receiver<()>,
     feed: Option<Feeding>,
+    outlet: Outlet,
     _tasks: JoinSet<()>,
 }
 
@@ -202,7 +204,7 @@ struct Copying {
     /// Gone with its stream.
     from: Weak<Fd>,
     /// Bytes were read that are not written yet.
-    busy: Arc<AtomicBool>,
+    carrying: Arc<AtomicBool>,
 }
 
 impl Copying {
@@ -212,7 +214,7 @@ impl Copying {
             .from
             .upgrade()
             .is_none_or(|fd| unread_bytes(fd.as_fd()) == 0);
-        empty && !self.busy.load(Ordering::Relaxed)
+        empty && !self.carrying.load(Ordering::Relaxed)
     }
 }
 
@@ -392,6 +394,12 @@ impl Pump {
         Ok(Errno::result(result).map(drop)?)
     }
 
+    /// Where the outputs go, to see at the end that they were read. Once: later there is
+    /// nothing in it.
+    pub fn take_outlet(&mut self) -> Outlet {
+        std::mem::take(&mut self.outlet)
+    }
+
     /// Waits until every output came to its end, at most `bound` (something still
     /// holds the pipe, or nobody reads the FIFO). Returns whether they did.
     pub async fn drained(&self, bound: Duration) -> bool {
@@ -409,6 +417,7 @@ struct Streams {
     copies: Vec<Copying>,
     moved: Arc<watch::Sender<()>>,
     feed: Option<Feeding>,
+    outlet: Outlet,
     tasks: JoinSet<()>,
 }
 
@@ -420,6 +429,7 @@ impl Default for Streams {
             copies: Vec::new(),
             moved: Arc::new(watch::Sender::new(())),
             feed: None,
+            outlet: Outlet::default(),
             tasks: JoinSet::new(),
         }
     }
@@ -447,18 +457,23 @@ impl Streams {
     }
 
     fn copy(&mut self, process: Arc<Fd>, fifo: OwnedFd) -> io::Result<()> {
+        let carrying = Arc::new(AtomicBool::new(false));
+        self.outlet.add(
+            fifo.as_fd(),
+            Arc::downgrade(&process),
+            Arc::clone(&carrying),
+        )?;
         let fifo = Fd::new(fifo)?;
         let open = OpenOutput::new(Arc::clone(&self.outputs));
-        let busy = Arc::new(AtomicBool::new(false));
         self.copies.push(Copying {
             from: Arc::downgrade(&process),
-            busy: Arc::clone(&busy),
+            carrying: Arc::clone(&carrying),
         });
         let moved = Arc::clone(&self.moved);
         self.tasks.spawn(async move {
             let _open = open;
-            let progress = |is_busy| {
-                busy.store(is_busy, Ordering::Relaxed);
+            let progress = |is_carrying| {
+                carrying.store(is_carrying, Ordering::Relaxed);
                 moved.send_replace(());
             };
             if let Err(error) = copy(&process, &fifo, progress).await {
@@ -476,6 +491,7 @@ impl Streams {
             copies: self.copies,
             moved: self.moved.subscribe(),
             feed: self.feed,
+            outlet: self.outlet,
             _tasks: self.tasks,
         }
     }
