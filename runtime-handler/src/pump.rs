@@ -37,6 +37,10 @@ use crate::spec::Stdio;
 /// A quarter of what a pipe holds. It stays resident once there was output.
 const BUFFER_BYTES: usize = 16 * 1024;
 
+/// How long a FIFO's reader may take once nothing more comes, and between two looks.
+const READ: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(4);
+
 thread_local! {
     /// Shared by all streams of a thread: between its read and its write, no other runs.
     static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -205,6 +209,8 @@ struct Copying {
     from: Weak<Fd>,
     /// Bytes were read that are not written yet.
     carrying: Arc<AtomicBool>,
+    /// Gone with its stream.
+    to: Weak<Fd>,
 }
 
 impl Copying {
@@ -215,6 +221,13 @@ impl Copying {
             .upgrade()
             .is_none_or(|fd| unread_bytes(fd.as_fd()) == 0);
         empty && !self.carrying.load(Ordering::Relaxed)
+    }
+
+    /// Whether the FIFO's reader has all of it.
+    fn is_read(&self) -> bool {
+        self.to
+            .upgrade()
+            .is_none_or(|fifo| unread_bytes(fifo.as_fd()) == 0)
     }
 }
 
@@ -359,7 +372,9 @@ impl Pump {
     }
 
     /// Waits until all that the process wrote is in the FIFOs, at most `bound` (nobody
-    /// reads a FIFO). Returns whether it is. It must be frozen, or it writes on.
+    /// reads a FIFO), and a moment for it to be read from there: containerd 1.6 loses the
+    /// rest when it hears of the end. Returns whether it is in the FIFOs. The process must
+    /// be frozen, or it writes on.
     pub async fn settled(&self, bound: Duration) -> bool {
         let mut moved = self.moved.clone();
         let settled = async {
@@ -374,7 +389,18 @@ impl Pump {
                 }
             }
         };
-        tokio::time::timeout(bound, settled).await.is_ok()
+        if tokio::time::timeout(bound, settled).await.is_err() {
+            return false;
+        }
+        let read = async {
+            // A FIFO tells nothing of its reader, so this looks.
+            while !self.copies.iter().all(Copying::is_read) {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        // One that does not read has its time when the process has ended.
+        let _ = tokio::time::timeout(READ, read).await;
+        true
     }
 
     /// Sets the terminal's size in characters.
@@ -463,11 +489,12 @@ impl Streams {
             Arc::downgrade(&process),
             Arc::clone(&carrying),
         )?;
-        let fifo = Fd::new(fifo)?;
+        let fifo = Arc::new(Fd::new(fifo)?);
         let open = OpenOutput::new(Arc::clone(&self.outputs));
         self.copies.push(Copying {
             from: Arc::downgrade(&process),
             carrying: Arc::clone(&carrying),
+            to: Arc::downgrade(&fifo),
         });
         let moved = Arc::clone(&self.moved);
         self.tasks.spawn(async move {
@@ -863,7 +890,7 @@ mod tests {
             ..Stdio::default()
         };
         let (pump, ends) = Pump::pipes(stdio).unwrap();
-        let bytes = pattern(150_000);
+        let bytes = pattern(135_000);
         // The pipe is full, there is a rest, and the FIFO holds more.
         theirs.write_all(&bytes).await.unwrap();
         let process = Fd::new(ends.stdin.unwrap()).unwrap();
@@ -879,7 +906,7 @@ mod tests {
 
         // It did not leave after all.
         pump.release_stdin();
-        assert!(read_exactly(&process, 149_000).await == bytes[1000..]);
+        assert!(read_exactly(&process, 134_000).await == bytes[1000..]);
 
         let (_dir, ours, theirs) = fifo();
         let stdio = Stdio {
