@@ -2,7 +2,6 @@
 
 use std::ffi::CStr;
 use std::ptr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -54,6 +53,8 @@ pub struct JobFigures {
     pub dirty_rate: u64,
     /// Expected while it is under way, real afterwards.
     pub downtime: Option<Duration>,
+    /// Of that, memory: 0 while disks are copied.
+    pub memory_done: u64,
     /// Pages that the other side asked for: it is in post-copy.
     pub fetched: u64,
 }
@@ -135,9 +136,11 @@ impl Libvirt {
     /// # Errors
     /// libvirt's words.
     pub async fn migrate(&self, uuid: Uuid, job: Job) -> Result<(), LibvirtError> {
-        let shared = Arc::clone(&self.shared);
+        // On a connection of its own: calls on one connection wait for each other, and this
+        // one takes as long as the migration.
+        let own = Self::new(self.shared.uri.clone());
         tokio::task::spawn_blocking(move || {
-            let connection = shared.connection()?;
+            let connection = own.shared.connection()?;
             let migrated =
                 Domain::lookup_by_uuid(&connection.0, uuid).and_then(|domain| run(&domain, job));
             migrated.map_err(|source| LibvirtError::Refused {
@@ -202,6 +205,17 @@ impl Libvirt {
     pub async fn suspend_for_migration(&self, uuid: Uuid) -> Result<(), LibvirtError> {
         self.on_domain("suspend domain", uuid, |domain| domain.suspend().map(drop))
             .await
+    }
+
+    /// Bounds the job under way, in MiB per second.
+    ///
+    /// # Errors
+    /// libvirt refused.
+    pub async fn set_bandwidth(&self, uuid: Uuid, mib_s: u64) -> Result<(), LibvirtError> {
+        self.on_domain("bound the migration of domain", uuid, move |domain| {
+            domain.migrate_set_max_speed(mib_s, 0).map(drop)
+        })
+        .await
     }
 
     /// How long the domain may stand still at the switch.
@@ -292,6 +306,7 @@ fn job_figures(domain: &Domain, flags: u32) -> Result<JobFigures, VirtError> {
         rate: number(sys::VIR_DOMAIN_JOB_MEMORY_BPS) + number(sys::VIR_DOMAIN_JOB_DISK_BPS),
         dirty_rate: number(sys::VIR_DOMAIN_JOB_MEMORY_DIRTY_RATE).saturating_mul(page),
         downtime: get(sys::VIR_DOMAIN_JOB_DOWNTIME).map(Duration::from_millis),
+        memory_done: number(sys::VIR_DOMAIN_JOB_MEMORY_PROCESSED),
         fetched: number(sys::VIR_DOMAIN_JOB_MEMORY_POSTCOPY_REQS),
     };
     // SAFETY: allocated by libvirt, not used after this.

@@ -52,6 +52,7 @@ struct Ready {
     xml: String,
     found: xml::Found,
     streams: Streams,
+    disk_used_bytes: u64,
 }
 
 impl Machine {
@@ -110,7 +111,8 @@ impl Machine {
         })?;
         let offer: Offer = offer::read("offer", &element)?;
         let streams = streams(parameters, &offer)?;
-        offer::fits(&self.wanted().await?, &offer)?;
+        let wanted = self.wanted().await?;
+        offer::fits(&wanted, &offer)?;
         let (here, there) = tokio::try_join!(self.libvirt.versions(), destination.versions())?;
         if version_key(&there.qemu) < version_key(&here.qemu) {
             return Err(refuse(format!(
@@ -125,6 +127,7 @@ impl Machine {
             xml,
             found,
             streams,
+            disk_used_bytes: wanted.disk_used_bytes,
         })
     }
 
@@ -277,7 +280,11 @@ impl Machine {
             migrate_uri: ready.streams.migrate_uri.clone(),
             disks_uri: ready.streams.disks_uri.clone(),
             disks: disks.map(|(_, device)| device.clone()).collect(),
-            bandwidth_mib_s: parameters.bandwidth_mib_s,
+            bandwidth_mib_s: disks_bandwidth(
+                parameters.bandwidth_mib_s,
+                ready.offer.disk_bytes,
+                ready.disk_used_bytes,
+            ),
             auto_converge: parameters.auto_converge,
             post_copy: parameters.timeout_action == TimeoutAction::PostCopy,
             parallel: parameters.parallel,
@@ -294,6 +301,7 @@ impl Machine {
     ) -> std::convert::Infallible {
         let uuid = self.record.uuid;
         let mut downtime = parameters.max_downtime;
+        let mut bandwidth = Some(parameters.bandwidth_mib_s).filter(|bound| *bound != 0);
         loop {
             if let Ok(figures) = self.libvirt.job(uuid).await
                 && figures.active
@@ -303,6 +311,13 @@ impl Machine {
                 {
                     debug!("{}", Error::from(error).chain());
                     downtime = Some(wanted);
+                }
+                if figures.memory_done != 0
+                    && let Some(bound) = bandwidth.take()
+                    && let Err(error) = self.libvirt.set_bandwidth(uuid, bound).await
+                {
+                    debug!("{}", Error::from(error).chain());
+                    bandwidth = Some(bound);
                 }
                 let stands = matches!(self.libvirt.state(uuid).await, Ok(Observed::Paused));
                 let post_copy = self.post_copy.load(Ordering::Relaxed);
@@ -478,6 +493,18 @@ impl Machine {
         match how {
             Hurry::Pause => Ok(self.libvirt.suspend_for_migration(uuid).await?),
             Hurry::PostCopy => {
+                // It is possible only once the disks are copied.
+                while !self
+                    .libvirt
+                    .job(uuid)
+                    .await
+                    .is_ok_and(|job| job.memory_done != 0)
+                {
+                    if !self.leaving.load(Ordering::Relaxed) || self.moved.load(Ordering::Relaxed) {
+                        return Ok(());
+                    }
+                    tokio::time::sleep(LOOK_EVERY).await;
+                }
                 // Before: a switch whose answer is lost is a switch.
                 self.post_copy.store(true, Ordering::Relaxed);
                 let started = self.libvirt.start_post_copy(uuid).await;
@@ -490,9 +517,38 @@ impl Machine {
     }
 }
 
+/// The bound while disks are copied. QEMU counts the holes of a sparse disk as if it sent
+/// them, which it does not: with the bound as it is, an empty disk of 10 GiB would take as
+/// long as a full one. Raised by the share of holes, what is sent is the bound on average.
+fn disks_bandwidth(bound_mib_s: u64, size: u64, used: u64) -> u64 {
+    let scaled = u128::from(bound_mib_s) * u128::from(size) / u128::from(used.max(1 << 20));
+    u64::try_from(scaled)
+        .unwrap_or(u64::MAX)
+        .clamp(bound_mib_s, bound_mib_s.max(1 << 20))
+}
+
 fn version_key(version: &str) -> Vec<u32> {
     version
         .split('.')
         .map(|part| part.parse().unwrap_or_default())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_do_not_count_in_the_bound() {
+        assert_eq!(disks_bandwidth(0, 10 << 30, 1 << 30), 0, "no bound");
+        assert_eq!(disks_bandwidth(8, 10 << 30, 10 << 30), 8, "a full disk");
+        assert_eq!(disks_bandwidth(8, 10 << 30, 1 << 30), 80);
+        assert_eq!(disks_bandwidth(8, 10 << 30, 0), 8 * 10 * 1024);
+    }
+
+    #[test]
+    fn versions_are_compared_by_their_numbers() {
+        assert!(version_key("10.0.0") > version_key("9.2.1"));
+        assert!(version_key("7.2.22") > version_key("7.2.9"));
+    }
 }
