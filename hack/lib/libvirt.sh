@@ -58,8 +58,12 @@ write_accounts() {
     done
 }
 
-# start_libvirtd DIR: starts it unless it runs, and waits for its socket.
+# start_libvirtd DIR: starts it unless it runs, and waits for its socket. The lock is that of remove_made_folders.
 start_libvirtd() {
+    locked made-folders start_libvirtd_here "$1"
+}
+
+start_libvirtd_here() {
     local dir=$1 name folder
     if ! daemon_pid "$dir" libvirtd >/dev/null; then
         # A bind mount needs something to be mounted on. `down` takes away what was made here.
@@ -82,6 +86,10 @@ libvirt_ready() {
 # remove_made_folders: the empty mount points, unless another environment still uses them (removing a folder that is
 # a mount point in another namespace would take the mount away there).
 remove_made_folders() {
+    locked made-folders remove_made_folders_here
+}
+
+remove_made_folders_here() {
     local list=$DYAD_CACHE/made-folders folder
     [ -e "$list" ] || return 0
     while read -r folder; do

@@ -12,6 +12,7 @@ pub mod error;
 pub mod fake;
 pub mod handler;
 pub mod migration;
+pub mod outlet;
 pub mod pump;
 pub mod reaper;
 pub mod spec;

@@ -31,10 +31,15 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
+use crate::outlet::Outlet;
 use crate::spec::Stdio;
 
-/// As much as a pipe holds: one turn empties it.
-const BUFFER_BYTES: usize = 64 * 1024;
+/// A quarter of what a pipe holds. It stays resident once there was output.
+const BUFFER_BYTES: usize = 16 * 1024;
+
+/// How long a FIFO's reader may take once nothing more comes, and between two looks.
+const READ: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(4);
 
 thread_local! {
     /// Shared by all streams of a thread: between its read and its write, no other runs.
@@ -193,6 +198,7 @@ pub struct Pump {
     /// Changes whenever an output got on.
     moved: watch::Receiver<()>,
     feed: Option<Feeding>,
+    outlet: Outlet,
     _tasks: JoinSet<()>,
 }
 
@@ -202,7 +208,9 @@ struct Copying {
     /// Gone with its stream.
     from: Weak<Fd>,
     /// Bytes were read that are not written yet.
-    busy: Arc<AtomicBool>,
+    carrying: Arc<AtomicBool>,
+    /// Gone with its stream.
+    to: Weak<Fd>,
 }
 
 impl Copying {
@@ -212,7 +220,14 @@ impl Copying {
             .from
             .upgrade()
             .is_none_or(|fd| unread_bytes(fd.as_fd()) == 0);
-        empty && !self.busy.load(Ordering::Relaxed)
+        empty && !self.carrying.load(Ordering::Relaxed)
+    }
+
+    /// Whether the FIFO's reader has all of it.
+    fn is_read(&self) -> bool {
+        self.to
+            .upgrade()
+            .is_none_or(|fifo| unread_bytes(fifo.as_fd()) == 0)
     }
 }
 
@@ -357,7 +372,9 @@ impl Pump {
     }
 
     /// Waits until all that the process wrote is in the FIFOs, at most `bound` (nobody
-    /// reads a FIFO). Returns whether it is. It must be frozen, or it writes on.
+    /// reads a FIFO), and a moment for it to be read from there: containerd 1.6 loses the
+    /// rest when it hears of the end. Returns whether it is in the FIFOs. The process must
+    /// be frozen, or it writes on.
     pub async fn settled(&self, bound: Duration) -> bool {
         let mut moved = self.moved.clone();
         let settled = async {
@@ -372,7 +389,18 @@ impl Pump {
                 }
             }
         };
-        tokio::time::timeout(bound, settled).await.is_ok()
+        if tokio::time::timeout(bound, settled).await.is_err() {
+            return false;
+        }
+        let read = async {
+            // A FIFO tells nothing of its reader, so this looks.
+            while !self.copies.iter().all(Copying::is_read) {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        // One that does not read has its time when the process has ended.
+        let _ = tokio::time::timeout(READ, read).await;
+        true
     }
 
     /// Sets the terminal's size in characters.
@@ -392,6 +420,12 @@ impl Pump {
         Ok(Errno::result(result).map(drop)?)
     }
 
+    /// Where the outputs go, to see at the end that they were read. Once: later there is
+    /// nothing in it.
+    pub fn take_outlet(&mut self) -> Outlet {
+        std::mem::take(&mut self.outlet)
+    }
+
     /// Waits until every output came to its end, at most `bound` (something still
     /// holds the pipe, or nobody reads the FIFO). Returns whether they did.
     pub async fn drained(&self, bound: Duration) -> bool {
@@ -409,6 +443,7 @@ struct Streams {
     copies: Vec<Copying>,
     moved: Arc<watch::Sender<()>>,
     feed: Option<Feeding>,
+    outlet: Outlet,
     tasks: JoinSet<()>,
 }
 
@@ -420,6 +455,7 @@ impl Default for Streams {
             copies: Vec::new(),
             moved: Arc::new(watch::Sender::new(())),
             feed: None,
+            outlet: Outlet::default(),
             tasks: JoinSet::new(),
         }
     }
@@ -447,18 +483,24 @@ impl Streams {
     }
 
     fn copy(&mut self, process: Arc<Fd>, fifo: OwnedFd) -> io::Result<()> {
-        let fifo = Fd::new(fifo)?;
+        let carrying = Arc::new(AtomicBool::new(false));
+        self.outlet.add(
+            fifo.as_fd(),
+            Arc::downgrade(&process),
+            Arc::clone(&carrying),
+        )?;
+        let fifo = Arc::new(Fd::new(fifo)?);
         let open = OpenOutput::new(Arc::clone(&self.outputs));
-        let busy = Arc::new(AtomicBool::new(false));
         self.copies.push(Copying {
             from: Arc::downgrade(&process),
-            busy: Arc::clone(&busy),
+            carrying: Arc::clone(&carrying),
+            to: Arc::downgrade(&fifo),
         });
         let moved = Arc::clone(&self.moved);
         self.tasks.spawn(async move {
             let _open = open;
-            let progress = |is_busy| {
-                busy.store(is_busy, Ordering::Relaxed);
+            let progress = |is_carrying| {
+                carrying.store(is_carrying, Ordering::Relaxed);
                 moved.send_replace(());
             };
             if let Err(error) = copy(&process, &fifo, progress).await {
@@ -476,6 +518,7 @@ impl Streams {
             copies: self.copies,
             moved: self.moved.subscribe(),
             feed: self.feed,
+            outlet: self.outlet,
             _tasks: self.tasks,
         }
     }
@@ -847,7 +890,7 @@ mod tests {
             ..Stdio::default()
         };
         let (pump, ends) = Pump::pipes(stdio).unwrap();
-        let bytes = pattern(150_000);
+        let bytes = pattern(135_000);
         // The pipe is full, there is a rest, and the FIFO holds more.
         theirs.write_all(&bytes).await.unwrap();
         let process = Fd::new(ends.stdin.unwrap()).unwrap();
@@ -863,7 +906,7 @@ mod tests {
 
         // It did not leave after all.
         pump.release_stdin();
-        assert!(read_exactly(&process, 149_000).await == bytes[1000..]);
+        assert!(read_exactly(&process, 134_000).await == bytes[1000..]);
 
         let (_dir, ours, theirs) = fifo();
         let stdio = Stdio {

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::events::task as proto;
-use containerd_shim_protos::protobuf::{MessageField, MessageFull};
+use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::topics;
@@ -367,12 +367,13 @@ fn encode(event: &TaskEvent) -> protobuf::Result<(&'static str, Any)> {
     }
 }
 
-/// containerd's typeurl: the bare message name.
-fn any<M: MessageFull>(topic: &'static str, message: &M) -> protobuf::Result<(&'static str, Any)> {
+/// containerd's typeurl: the bare message name. Not from the message's descriptor, which
+/// would build the reflection of every file that it imports: half a megabyte for good.
+fn any<M: Message>(topic: &'static str, message: &M) -> protobuf::Result<(&'static str, Any)> {
     Ok((
         topic,
         Any {
-            type_url: M::descriptor().full_name().to_owned(),
+            type_url: format!("containerd.events.{}", M::NAME),
             value: message.write_to_bytes()?,
             ..Default::default()
         },
@@ -387,6 +388,7 @@ mod tests {
     use containerd_shim_protos::api::Empty;
     use containerd_shim_protos::shim_async::{Events, create_events};
     use dyad_runtime_handler::handler::{Exit, ProcessId};
+    use protobuf::MessageFull as _;
     use ttrpc::r#async::{Server, TtrpcContext};
 
     use super::*;
@@ -482,6 +484,7 @@ mod tests {
             })
             .unwrap();
             assert_eq!(topic, "/tasks/exit");
+            assert_eq!(any.type_url, proto::TaskExit::descriptor().full_name());
             let event = proto::TaskExit::parse_from_bytes(&any.value).unwrap();
             assert_eq!((event.id.as_str(), event.exit_status), (id, 3));
         }

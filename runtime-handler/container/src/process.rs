@@ -1,8 +1,8 @@
 //! One process of a container, from the moment it is our child to its end.
 //!
 //! ```text
-//!              exit           gate
-//!  supervised -----> ended --------> Event::Exited
+//!              exit           output read, gate
+//!  supervised -----> ended ---------------------> Event::Exited
 //!                      |   held: the start is not answered yet
 //!                      |   dropped: the start failed, so there is no exit to tell
 //!                      +--> Process::ended() wakes up
@@ -14,6 +14,7 @@ use std::time::Duration;
 use dyad_runtime_handler::cgroup::{Cgroup, OomWatch};
 use dyad_runtime_handler::error::{Error, Result};
 use dyad_runtime_handler::handler::{Event, EventSender, Exit, ProcessId};
+use dyad_runtime_handler::outlet::Outlet;
 use dyad_runtime_handler::pump::Pump;
 use dyad_runtime_handler::reaper::{Reaper, Waiter};
 use nix::errno::Errno;
@@ -59,7 +60,7 @@ impl Process {
     pub(crate) fn new(
         id: ProcessId,
         made: Made,
-        pump: Pump,
+        mut pump: Pump,
         gate: Gate,
         at_end: AtEnd,
         reaper: &Arc<Reaper>,
@@ -71,6 +72,7 @@ impl Process {
             id.clone(),
             made.exit,
             at_end,
+            pump.take_outlet(),
             ended_sender,
             gate_receiver,
             events.clone(),
@@ -142,6 +144,7 @@ async fn supervise(
     id: ProcessId,
     waiter: Waiter,
     mut at_end: AtEnd,
+    outlet: Outlet,
     ended: watch::Sender<Option<Exit>>,
     mut gate: watch::Receiver<Gate>,
     events: EventSender,
@@ -170,6 +173,9 @@ async fn supervise(
         out_of_memory();
     }
     ended.send_replace(Some(exit));
+    if !outlet.taken().await {
+        log::debug!("{id}: told of its end before its output was read");
+    }
     let may_tell = gate.wait_for(|gate| *gate != Gate::Held).await;
     // Its `Process` is gone: deleted, so nobody asks.
     if may_tell.is_ok_and(|gate| *gate == Gate::Open) {

@@ -25,6 +25,9 @@ use crate::volumes::{copy, plan as volume_plan, sync};
 
 /// How long the last output may take to its FIFOs once a process is deleted.
 const DRAIN: Duration = Duration::from_secs(5);
+/// How long the output of a process that ended may come out of the guest before its end
+/// is told; another process may hold it open for ever.
+const LAST_WORDS: Duration = Duration::from_millis(250);
 /// kubelet reads no more of a termination message.
 const TERMINATION_MAX_BYTES: u32 = 4096;
 /// After SIGKILL.
@@ -284,6 +287,7 @@ impl Container {
                     if process.exec.is_none() {
                         container.save_termination(&agent).await;
                     }
+                    agent.taken(&process, LAST_WORDS).await;
                     container.machine.finished(&process, exit);
                 }
                 Err(error) => debug!("wait for {process}: {}", error.chain()),

@@ -113,16 +113,15 @@ impl Containers {
                 wire.send(&aborted).await?;
                 return Ok(None);
             }
-            let refusal = self
+            let compared = self
                 .compare(&mut wire, protocol, &theirs, source, criu)
-                .await?
-                .err();
-            match refusal {
-                Some(reason) => {
+                .await?;
+            match compared {
+                Err(reason) => {
                     wire.send(&Message::Refuse { reason }).await?;
                     Ok(None)
                 }
-                None => {
+                Ok(()) => {
                     wire.send(&Message::Accept).await?;
                     Ok((purpose == Purpose::Move).then_some(attempt))
                 }

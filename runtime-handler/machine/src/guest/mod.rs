@@ -348,6 +348,17 @@ impl Agent {
         }
     }
 
+    /// Waits until a process that ended has no output on its way any more: `within`, from
+    /// the guest; then, for a bounded time, until it was read.
+    pub async fn taken(&self, process: &ProcessId, within: Duration) {
+        let pump = self.pumps().get(process).cloned();
+        if let Some(pump) = pump
+            && !pump.taken(within).await
+        {
+            debug!("{process}: told of its end before its output was read");
+        }
+    }
+
     /// Removes a process that ended or never started, and releases its stdio; what is
     /// not drained is lost. Without `exec`: the container. Idempotent.
     ///

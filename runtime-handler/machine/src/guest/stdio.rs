@@ -4,13 +4,14 @@
 //! written is sent to the next one.
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use dyad_agent_api::link::host::{InputWriter, OutputReader};
 use dyad_agent_api::link::{StreamError, StreamKey};
+use dyad_runtime_handler::outlet::Outlet;
 use dyad_runtime_handler::pump::Fd;
 use log::warn;
 use tokio::sync::{Notify, watch};
@@ -27,6 +28,7 @@ pub struct Pump {
     outputs: Arc<watch::Sender<usize>>,
     /// Below these offsets all of an output is in its FIFO.
     positions: Vec<(StreamKey, Arc<AtomicU64>)>,
+    outlet: Mutex<Outlet>,
     tasks: JoinSet<()>,
 }
 
@@ -36,6 +38,7 @@ impl Default for Pump {
             close_stdin: Arc::default(),
             outputs: Arc::new(watch::Sender::new(0)),
             positions: Vec::new(),
+            outlet: Mutex::default(),
             tasks: JoinSet::new(),
         }
     }
@@ -62,6 +65,10 @@ impl Pump {
     /// # Errors
     /// The FIFO cannot be polled.
     pub fn copy(&mut self, from: OutputReader, offset: u64, fifo: OwnedFd) -> io::Result<()> {
+        self.outlet
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .add(fifo.as_fd(), Weak::new(), Arc::default())?;
         let fifo = Fd::new(fifo)?;
         let open = OpenOutput::new(Arc::clone(&self.outputs));
         let position = Arc::new(AtomicU64::new(offset));
@@ -93,6 +100,14 @@ impl Pump {
     /// Hands over what the FIFO still holds, then closes the process's stdin.
     pub fn close_stdin(&self) {
         self.close_stdin.notify_one();
+    }
+
+    /// Waits until every output came to its end, at most `within`, and was read. Once.
+    pub async fn taken(&self, within: Duration) -> bool {
+        let outlet =
+            std::mem::take(&mut *self.outlet.lock().unwrap_or_else(PoisonError::into_inner));
+        self.drained(within).await;
+        outlet.taken().await
     }
 
     /// Waits until every output came to its end, at most `within`; returns whether.

@@ -1,0 +1,162 @@
+//! The far ends of a process's outputs: when has all that it wrote been read?
+//!
+//! containerd 1.6 closes its ends of the FIFOs as soon as it hears of an exit, and what it
+//! has not read by then is lost. So an exit is told once its output has been taken. A FIFO
+//! tells its writer nothing of the reader's progress; this looks, and not for ever: nobody
+//! reads while containerd restarts.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::stat::{SFlag, fstat};
+use tokio::time::{Instant, sleep};
+
+use crate::pump::Fd;
+
+/// How long a reader may take; containerd's own shim waits as long for its output.
+const WITHIN: Duration = Duration::from_secs(2);
+/// Between two looks, at first and at most.
+const STEP: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(16));
+
+/// The outputs of one process that go to FIFOs (or a logging binary's pipes).
+#[derive(Debug, Default)]
+pub struct Outlet {
+    outputs: Vec<Output>,
+}
+
+#[derive(Debug)]
+struct Output {
+    /// What the process writes into, while it is carried from there.
+    source: Weak<Fd>,
+    /// Bytes are between the two.
+    carrying: Arc<AtomicBool>,
+    fifo: OwnedFd,
+}
+
+impl Outlet {
+    /// Adds the output that goes to `fifo`; does nothing for a file, which has no reader.
+    ///
+    /// # Errors
+    /// No file descriptor is free.
+    pub fn add(
+        &mut self,
+        fifo: BorrowedFd<'_>,
+        source: Weak<Fd>,
+        carrying: Arc<AtomicBool>,
+    ) -> io::Result<()> {
+        let kind = SFlag::from_bits_truncate(fstat(fifo)?.st_mode) & SFlag::S_IFMT;
+        if kind == SFlag::S_IFIFO {
+            let fifo = fifo.try_clone_to_owned()?;
+            self.outputs.push(Output {
+                source,
+                carrying,
+                fifo,
+            });
+        }
+        Ok(())
+    }
+
+    /// Waits, for a bounded time, until all that was written is read; whether it is.
+    /// The descriptors are closed then: the reader sees the end when nobody else has it.
+    pub async fn taken(self) -> bool {
+        let deadline = Instant::now() + WITHIN;
+        let (mut step, longest) = STEP;
+        while !self.outputs.iter().all(Output::is_taken) {
+            if Instant::now() > deadline {
+                return false;
+            }
+            sleep(step).await;
+            step = (step * 2).min(longest);
+        }
+        true
+    }
+}
+
+impl Output {
+    fn is_taken(&self) -> bool {
+        let held = self
+            .source
+            .upgrade()
+            .is_some_and(|source| unread(source.as_fd()) > 0);
+        // In the order in which bytes move, so that none is overlooked.
+        !held && !self.carrying.load(Ordering::Relaxed) && unread(self.fifo.as_fd()) == 0
+    }
+}
+
+/// Bytes that can be read; 0 also where the kernel does not say (a terminal that hung up).
+fn unread(fd: BorrowedFd<'_>) -> usize {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one `int`, which `count` is, and keeps nothing.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &mut count) };
+    Errno::result(result)
+        .ok()
+        .and_then(|_| usize::try_from(count).ok())
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read as _, Write as _};
+
+    use nix::fcntl::OFlag;
+    use nix::unistd::pipe2;
+
+    use super::*;
+
+    fn outlet(fifo: &OwnedFd) -> Outlet {
+        let mut outlet = Outlet::default();
+        outlet
+            .add(fifo.as_fd(), Weak::new(), Arc::default())
+            .unwrap();
+        outlet
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn output_that_nobody_reads_is_waited_for_only_so_long() {
+        let (_reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        File::from(writer.try_clone().unwrap())
+            .write_all(b"unread")
+            .unwrap();
+        assert!(!outlet(&writer).taken().await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn output_is_taken_once_it_is_read() {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        File::from(writer.try_clone().unwrap())
+            .write_all(b"words")
+            .unwrap();
+        let taken = tokio::spawn(outlet(&writer).taken());
+        tokio::task::yield_now().await;
+        assert!(!taken.is_finished());
+        File::from(reader).read_exact(&mut [0; 5]).unwrap();
+        assert!(taken.await.unwrap());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bytes_between_pipe_and_fifo_are_not_taken_yet() {
+        let (_reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let carrying = Arc::new(AtomicBool::new(true));
+        let mut outlet = Outlet::default();
+        outlet
+            .add(writer.as_fd(), Weak::new(), Arc::clone(&carrying))
+            .unwrap();
+        let taken = tokio::spawn(outlet.taken());
+        tokio::task::yield_now().await;
+        assert!(!taken.is_finished());
+        carrying.store(false, Ordering::Relaxed);
+        assert!(taken.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_file_has_no_reader_to_wait_for() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(9).unwrap();
+        assert!(outlet(&file.into()).taken().await);
+    }
+}
