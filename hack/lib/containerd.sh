@@ -131,6 +131,7 @@ cri_config_v3() {
   default_runtime_name = "runc"
 TOML
     runtime_tables "$dir" "$runtime.containerd.runtimes"
+    sandboxed_tables "$dir" "$runtime.containerd.runtimes"
 }
 
 # The runtime handlers, the same for every version: the stock shim to compare with, and Dyad's two kinds.
@@ -146,16 +147,31 @@ runtime_tables() {
     SystemdCgroup = false
 TOML
     for handler in dyad dyad-vm; do
-        cat <<TOML
+        dyad_table "$table" "$handler" "$dir/etc/$handler.toml"
+    done
+}
+
+# The same two kinds without a pause container: containerd 2.x asks the shim for the pod itself.
+sandboxed_tables() {
+    local dir=$1 table=$2 handler
+    for handler in dyad dyad-vm; do
+        dyad_table "$table" "$handler-sandboxed" "$dir/etc/$handler.toml" 'sandboxer = "shim"'
+    done
+}
+
+# dyad_table TABLE HANDLER CONFIG [MORE]
+dyad_table() {
+    local table=$1 handler=$2 config=$3 more=${4:-}
+    cat <<TOML
 
 [$table.$handler]
   runtime_type = "io.containerd.dyad.v2"
   pod_annotations = ["dyad.dev/*"]
-  container_annotations = ["dyad.dev/*"]
+  container_annotations = ["dyad.dev/*"]${more:+
+  $more}
   [$table.$handler.options]
-    ConfigPath = "$dir/etc/$handler.toml"
+    ConfigPath = "$config"
 TOML
-    done
 }
 
 # write_dyad_config DIR: the configuration file of either handler.

@@ -19,6 +19,8 @@ mod bootstrap;
 pub mod config;
 mod events;
 mod logger;
+mod pod_files;
+mod pod_spec;
 mod rpc;
 pub mod sandbox;
 mod server;

@@ -120,7 +120,7 @@ async fn run(launch: Launch, listener: UnixListener, backend: Backend) -> Result
         tokio::task::yield_now().await;
     }
     let _ = std::fs::remove_file(&launch.socket);
-    let _ = std::fs::remove_dir_all(launch.pod_dir());
+    launch.remove_pod_dir();
     publisher.flush(FLUSH_MAX).await;
     let _ = tokio::time::timeout(FLUSH_MAX, server.shutdown()).await;
     Ok(())

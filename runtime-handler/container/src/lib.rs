@@ -8,6 +8,8 @@
 //!                                         command: its argv and its errors (pure)
 //! ```
 //!
+//! A pod without a pause container is held by a process of our own ([`hold`]).
+//!
 //! Whatever the kernel does as well without the OCI runtime's process being started
 //! for it (signals, pids, stats, OOM events), is done directly.
 
@@ -17,6 +19,7 @@ mod console;
 mod container;
 mod facts;
 mod handler;
+pub mod hold;
 mod idmap;
 mod left;
 mod process;

@@ -26,6 +26,7 @@ use super::state::{self, Refusal, RefusalClass, Request, State, Step};
 use super::task::{Job, Phase, Task, answer_waiters};
 use super::{Change, Command, ProcessView, Reply, TaskEvent, Transition, record};
 use crate::bootstrap::launch::Launch;
+use crate::pod_files::PodFiles;
 
 /// Exit status of what the machine took with it.
 const KILLED: u32 = 137;
@@ -46,6 +47,8 @@ pub struct Driver {
     /// From the sandbox's spec, once that is created.
     pub(super) info: PodInfo,
     pub(super) handler: Arc<dyn RuntimeHandler>,
+    /// Of a pod without a pause container.
+    pub(super) files: Option<PodFiles>,
     pub(super) tasks: BTreeMap<String, Task>,
     commands: mpsc::UnboundedReceiver<Command>,
     backend: mpsc::UnboundedReceiver<Event>,
@@ -73,6 +76,7 @@ impl Driver {
             pod,
             info: PodInfo::default(),
             handler,
+            files: None,
             tasks: BTreeMap::new(),
             commands,
             backend,
@@ -105,6 +109,10 @@ impl Driver {
     fn command(&mut self, command: Command) {
         match command {
             Command::Create(request, reply) => self.create(request, reply),
+            Command::CreateSandbox(request, reply) => self.create_sandbox(*request, reply),
+            Command::ViewSandbox(id, reply) => {
+                let _ = reply.send(self.view_sandbox(&id));
+            }
             Command::Change(process, change) => self.enqueue(process, change),
             Command::State(process, reply) => {
                 let _ = reply.send(self.view(&process));
@@ -477,6 +485,13 @@ impl Driver {
     // --- Telling others ----------------------------------------------------------
 
     pub(super) fn publish(&self, event: TaskEvent) {
+        let is_bare = event
+            .of_task()
+            .and_then(|container| self.tasks.get(container))
+            .is_some_and(|task| task.is_bare);
+        if is_bare {
+            return;
+        }
         // The publisher lives as long as the server.
         let _ = self.publisher.send(event);
     }

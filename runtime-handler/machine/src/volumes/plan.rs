@@ -263,7 +263,10 @@ fn role(source: &Path, mount: &Mount) -> Role {
         }
     }
     // <root>/io.containerd.grpc.v1.cri/sandboxes/<id>/hosts, …
-    if let [.., "sandboxes", _, "hosts" | "hostname" | "resolv.conf"] = parts[..] {
+    // and <pod>/pod-files/hosts, … where there is no pause container
+    if let [.., "sandboxes", _, "hosts" | "hostname" | "resolv.conf"]
+    | [.., "pod-files", "hosts" | "hostname" | "resolv.conf"] = parts[..]
+    {
         return Role::Identity;
     }
     Role::Other

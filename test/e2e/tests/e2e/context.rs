@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, bail};
 use dyad_e2e::command::Done;
 use dyad_e2e::crictl::{ContainerStatus, Crictl, PodStatus};
-use dyad_e2e::env::{Env, LogMark};
+use dyad_e2e::env::{Env, LogMark, Version};
 use dyad_e2e::host::cgroup_parent;
 use dyad_e2e::logs::Logs;
 use dyad_e2e::wait::until;
@@ -33,13 +33,30 @@ pub enum Handler {
     Dyad,
     /// Dyad, machines.
     DyadVm,
+    /// Dyad, containers, without a pause container.
+    DyadSandboxed,
+    /// Dyad, machines, without a pause container.
+    DyadVmSandboxed,
 }
 
 impl Handler {
-    /// All that there are.
+    /// Those that every containerd has.
     pub const ALL: [Self; 3] = [Self::Runc, Self::Dyad, Self::DyadVm];
-    /// Dyad's two.
-    pub const OURS: [Self; 2] = [Self::Dyad, Self::DyadVm];
+    /// Dyad's.
+    pub const OURS: [Self; 4] = [
+        Self::Dyad,
+        Self::DyadVm,
+        Self::DyadSandboxed,
+        Self::DyadVmSandboxed,
+    ];
+    /// All that there are.
+    pub const EVERY: [Self; 5] = [
+        Self::Runc,
+        Self::Dyad,
+        Self::DyadVm,
+        Self::DyadSandboxed,
+        Self::DyadVmSandboxed,
+    ];
 
     /// Its name in containerd's configuration.
     pub fn name(self) -> &'static str {
@@ -47,12 +64,24 @@ impl Handler {
             Self::Runc => "runc",
             Self::Dyad => "dyad",
             Self::DyadVm => "dyad-vm",
+            Self::DyadSandboxed => "dyad-sandboxed",
+            Self::DyadVmSandboxed => "dyad-vm-sandboxed",
         }
     }
 
     /// Its pods are machines.
     pub fn is_machine(self) -> bool {
-        self == Self::DyadVm
+        matches!(self, Self::DyadVm | Self::DyadVmSandboxed)
+    }
+
+    /// Its pods have no pause container.
+    pub fn is_sandboxed(self) -> bool {
+        matches!(self, Self::DyadSandboxed | Self::DyadVmSandboxed)
+    }
+
+    /// Whether this containerd can serve it.
+    pub fn works_on(self, version: Version) -> bool {
+        !self.is_sandboxed() || version >= Version::V2_3
     }
 }
 

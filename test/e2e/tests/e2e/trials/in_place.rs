@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::Result;
 
-use super::{Case, DYAD, case};
+use super::{Case, DYAD, OURS, case};
 use crate::context::{Context, names, same};
 
 /// dyadctl's exit code for what the state does not allow.
@@ -12,10 +12,10 @@ const REFUSED: i32 = 4;
 
 pub const CASES: &[Case] = &[
     case!(a_container_starts_again_on_its_writable_layer_and_its_log)
-        .on(DYAD)
+        .on(OURS)
         .short(),
-    case!(a_pod_that_is_stopped_and_started_keeps_its_address).on(DYAD),
-    case!(a_paused_pod_refuses_exec_and_looks_running_to_cri).on(DYAD),
+    case!(a_pod_that_is_stopped_and_started_keeps_its_address).on(OURS),
+    case!(a_paused_pod_refuses_exec_and_looks_running_to_cri).on(OURS),
     case!(what_is_so_already_is_no_error).on(DYAD),
 ];
 

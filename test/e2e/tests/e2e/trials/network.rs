@@ -3,14 +3,14 @@
 use anyhow::{Context as _, Result};
 use serde_json::json;
 
-use super::{Case, case};
+use super::{Case, EVERY, case};
 use crate::context::{Context, Handler, Pod, names, same};
 
 pub const CASES: &[Case] = &[
-    case!(two_containers_of_a_pod_talk_over_localhost),
+    case!(two_containers_of_a_pod_talk_over_localhost).on(EVERY),
     case!(pods_reach_each_other_by_ping_and_tcp_both_ways).short(),
     case!(address_mac_mtu_and_routes_are_as_cni_gave_them).short(),
-    case!(hostname_and_dns_are_as_the_pod_says),
+    case!(hostname_and_dns_are_as_the_pod_says).on(EVERY),
 ];
 
 /// A web server on port 8080 that says `dyad`.
@@ -36,7 +36,7 @@ fn pods_reach_each_other_by_ping_and_tcp_both_ways(context: &Context<'_>) -> Res
     // The other one is a container pod, also where this one is a machine.
     let other = match context.handler {
         Handler::Runc => Handler::Runc,
-        Handler::Dyad | Handler::DyadVm => Handler::Dyad,
+        _ => Handler::Dyad,
     };
     let (this, other) = (
         context.pod()?,

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 
-use super::{Case, case};
+use super::{Case, EVERY, case};
 use crate::context::{Context, names, same};
 
 pub const CASES: &[Case] = &[
@@ -13,8 +13,8 @@ pub const CASES: &[Case] = &[
     case!(a_read_only_root_refuses_writes),
     case!(masked_and_readonly_paths_are_so),
     case!(seccomp_and_no_new_privs_hold_for_init_and_exec).short(),
-    case!(containers_of_a_pod_see_each_other_as_its_namespaces_say),
-    case!(sysctls_of_the_pod_are_set),
+    case!(containers_of_a_pod_see_each_other_as_its_namespaces_say).on(EVERY),
+    case!(sysctls_of_the_pod_are_set).on(EVERY),
 ];
 
 /// A value of /proc/self/status.
