@@ -75,7 +75,11 @@ disabled_plugins = [
 TOML
         case $version in
         1.*) cri_config_v2 "$dir" ;;
-        *) cri_config_v3 "$dir" ;;
+        *)
+            cri_config_v3 "$dir"
+            # 2.1 takes no options of ours in this mode.
+            case $version in 2.[012]) ;; *) sandboxed_tables "$dir" ;; esac
+            ;;
         esac
     } >"$dir/etc/containerd.toml"
 }
@@ -131,7 +135,6 @@ cri_config_v3() {
   default_runtime_name = "runc"
 TOML
     runtime_tables "$dir" "$runtime.containerd.runtimes"
-    sandboxed_tables "$dir" "$runtime.containerd.runtimes"
 }
 
 # The runtime handlers, the same for every version: the stock shim to compare with, and Dyad's two kinds.
@@ -151,9 +154,9 @@ TOML
     done
 }
 
-# The same two kinds without a pause container: containerd 2.x asks the shim for the pod itself.
+# The same two kinds without a pause container: containerd asks the shim for the pod itself.
 sandboxed_tables() {
-    local dir=$1 table=$2 handler
+    local dir=$1 table='plugins."io.containerd.cri.v1.runtime".containerd.runtimes' handler
     for handler in dyad dyad-vm; do
         dyad_table "$table" "$handler-sandboxed" "$dir/etc/$handler.toml" 'sandboxer = "shim"'
     done

@@ -323,7 +323,8 @@ impl Driver {
         let task = self
             .tasks
             .get(container)
-            .filter(|task| !matches!(task.phase, Phase::Creating))
+            // containerd lists as a task whatever tells a state.
+            .filter(|task| !task.is_bare && !matches!(task.phase, Phase::Creating))
             .ok_or_else(|| not_found(container))?;
         match &process.exec {
             Some(exec) => task

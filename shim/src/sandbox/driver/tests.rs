@@ -726,6 +726,8 @@ async fn a_pod_without_a_pause_container_lives_like_one_with() {
     let pid = pod.sandbox.run(ProcessId::init("pod")).await.unwrap();
     let view = pod.sandbox.view_sandbox("pod".into()).await.unwrap();
     assert_eq!((view.ready, view.pid), (true, pid));
+    let as_task = pod.sandbox.state(ProcessId::init("pod")).await;
+    assert!(matches!(as_task, Err(Error::NotFound(_))));
     assert_eq!(pod.sandbox.view().await.unwrap().info.name, "web");
 
     pod.create("c", "container").await.unwrap();
