@@ -19,6 +19,7 @@ mod bootstrap;
 pub mod config;
 mod events;
 mod logger;
+mod peers;
 mod pod_files;
 mod pod_spec;
 mod rpc;

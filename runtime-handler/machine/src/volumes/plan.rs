@@ -408,6 +408,9 @@ mod tests {
         }
         let kubelets = bind(&format!("{POD}/etc-hosts"), "/etc/hosts", &["rbind", "rw"]);
         assert!(one(kubelets, Source::File).is_ok());
+        // Where there is no pause container they are the shim's.
+        let own = "/run/dyad/k8s.io/s1/pod-files/hosts";
+        assert!(one(bind(own, "/etc/hosts", &["rbind", "rw"]), Source::File).is_ok());
     }
 
     #[test]
