@@ -65,7 +65,8 @@ async fn set_up(agent: &Agent, request: &SetupRequest) -> Result<()> {
         mount_pod_disk(&request.pod_disk_serial).await?;
     }
     mount_shm(request.shm_size)?;
-    net::set_up(&request.interfaces, &request.routes).await?;
+    let localhost = request.localhost.as_ref();
+    net::set_up(&request.interfaces, &request.routes, localhost).await?;
     // After the interfaces: some are named after one.
     set_sysctls(&request.sysctls)
 }

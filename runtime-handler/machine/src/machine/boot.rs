@@ -70,7 +70,9 @@ impl Machine {
         }
         if let Some(netns) = &self.record.netns {
             for interface in &self.network.interfaces {
-                network::wire(netns, &interface.tap, &interface.name, interface.mtu).await?;
+                let localhost = self.network.localhost.as_ref();
+                let localhost = localhost.filter(|way| way.interface == interface.name);
+                network::wire(netns, interface, localhost).await?;
             }
         }
         self.libvirt.resume(uuid).await?;
@@ -218,6 +220,17 @@ impl Machine {
                     ..Default::default()
                 })
                 .collect(),
+            localhost: self
+                .network
+                .localhost
+                .as_ref()
+                .map(|way| proto::Localhost {
+                    interface: way.interface.clone(),
+                    host: way.host.to_string(),
+                    host_mac: way.host_mac.clone(),
+                    ..Default::default()
+                })
+                .into(),
             sysctls: self.sandbox.sysctls.clone(),
             shm_size: SHM_BYTES,
             ..Default::default()
