@@ -667,9 +667,13 @@ async fn a_machine_that_cannot_reboot_runs_on_and_one_that_ends_at_it_is_kept() 
     };
     pod.fake.next(
         "reboot",
-        Reply::Fail(Error::FailedPrecondition("no".into())),
+        FakeReply::Fail(Error::FailedPrecondition("no".into())),
     );
-    pod.operate(restart, "").await.unwrap_err();
+    let forced = Operation::Restart {
+        force: true,
+        grace: GRACE,
+    };
+    pod.operate(forced, "").await.unwrap_err();
     assert_eq!(
         pod.states().await,
         pairs(&[("c", "running"), ("pod", "running")])
@@ -678,7 +682,6 @@ async fn a_machine_that_cannot_reboot_runs_on_and_one_that_ends_at_it_is_kept() 
     let sandbox = pod.sandbox.clone();
     let asked = tokio::spawn(async move { sandbox.operate(restart, "").await.map(drop) });
     pod.fake.called("reboot pod").await;
-    // Twice: the first of them failed.
     pod.fake.exit(&ProcessId::init("pod"), 255);
     let error = Error::FailedPrecondition("it does not boot".into());
     held.send(Err(error)).unwrap();
