@@ -5,6 +5,7 @@
 pub mod command;
 pub mod crictl;
 pub mod env;
+pub mod forward;
 pub mod host;
 pub mod logs;
 pub mod wait;

@@ -18,6 +18,7 @@ mod in_place;
 mod kinds;
 mod lifecycle;
 mod network;
+mod outside;
 mod outside_cri;
 mod process;
 mod resources;
@@ -124,6 +125,7 @@ pub fn all() -> Vec<Case> {
         kinds::CASES,
         sandboxed::CASES,
         events::CASES,
+        outside::CASES,
         outside_cri::CASES,
         critest::CASES,
         delete::CASES,
