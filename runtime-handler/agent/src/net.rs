@@ -1,10 +1,10 @@
 //! The guest's network: what CNI gave the pod, set up again. The only module that
 //! speaks rtnetlink.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use dyad_agent_api::proto::agent::{Interface, Route};
+use dyad_agent_api::proto::agent::{Interface, Localhost, Route};
 use dyad_runtime_handler::{Error, Result, error::Context};
 use futures::TryStreamExt;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
@@ -53,16 +53,22 @@ struct Plan<'a> {
     is_v4: bool,
 }
 
-/// Sets up loopback, interfaces and routes. Asking again changes nothing.
+/// Sets up loopback, interfaces, routes and the host's way to the loopback. Asking again
+/// changes nothing.
 ///
 /// # Errors
 /// `InvalidArgument` for an address that is none; `DeadlineExceeded` for an interface
 /// that did not appear; what the kernel refused, naming interface or route.
-pub async fn set_up(interfaces: &[Interface], routes: &[Route]) -> Result<()> {
+pub async fn set_up(
+    interfaces: &[Interface],
+    routes: &[Route],
+    localhost: Option<&Localhost>,
+) -> Result<()> {
     for interface in interfaces {
         check_name(&interface.name)?;
     }
     let routes = plan(routes)?;
+    let neighbour = localhost.map(plan_localhost).transpose()?;
     let (connection, handle, _) = new_connection().context(|| "open rtnetlink".into())?;
     let driver = tokio::spawn(connection);
     let done = async {
@@ -79,7 +85,10 @@ pub async fn set_up(interfaces: &[Interface], routes: &[Route]) -> Result<()> {
         for route in &routes {
             add_route(&handle, route).await?;
         }
-        Ok(())
+        match &neighbour {
+            Some(neighbour) => admit(&handle, neighbour).await,
+            None => Ok(()),
+        }
     };
     let done = done.await;
     driver.abort();
@@ -175,17 +184,77 @@ fn has_mac(mac: &str) -> bool {
     })
 }
 
+/// Who reaches the guest's loopback from outside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Neighbour<'a> {
+    interface: &'a str,
+    address: Ipv4Addr,
+    mac: Vec<u8>,
+}
+
+fn plan_localhost(localhost: &Localhost) -> Result<Neighbour<'_>> {
+    check_name(&localhost.interface)?;
+    let address: Ipv4Addr = localhost.host.parse().map_err(|_| {
+        Error::InvalidArgument(format!("localhost: {:?} is no address", localhost.host))
+    })?;
+    if !address.is_link_local() {
+        // Whatever it is, it may be somebody else's: the guest would lose the way there.
+        return Err(Error::InvalidArgument(format!(
+            "localhost: {address} is not link-local"
+        )));
+    }
+    Ok(Neighbour {
+        interface: &localhost.interface,
+        address,
+        mac: parse_mac(&localhost.host_mac)?,
+    })
+}
+
+/// Takes packets to 127.0.0.0/8 from the neighbour. The host lets none of anybody else
+/// through, see the host's `network::localhost`.
+async fn admit(handle: &Handle, neighbour: &Neighbour<'_>) -> Result<()> {
+    let Neighbour {
+        interface, address, ..
+    } = neighbour;
+    let what = || format!("admit {address} to the loopback by {interface}");
+    let index = index_of(handle, interface).await.context(what)?;
+    let index = index.ok_or_else(|| {
+        Error::InvalidArgument(format!("localhost: there is no interface {interface}"))
+    })?;
+    for (key, value) in [("route_localnet", "1"), ("rp_filter", "0")] {
+        let file = format!("/proc/sys/net/ipv4/conf/{interface}/{key}");
+        std::fs::write(file, value).context(what)?;
+    }
+    handle
+        .neighbours()
+        .add(index, IpAddr::V4(*address))
+        .link_layer_address(&neighbour.mac)
+        .replace()
+        .execute()
+        .await
+        .context(what)?;
+    let back = RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(*address, 32)
+        .output_interface(index)
+        .scope(RouteScope::Link)
+        .build();
+    let added = handle.route().add(back).replace().execute().await;
+    added.context(what)
+}
+
+async fn index_of(
+    handle: &Handle,
+    name: &str,
+) -> std::result::Result<Option<u32>, rtnetlink::Error> {
+    let mut links = handle.link().get().match_name(name.to_owned()).execute();
+    Ok(links.try_next().await?.map(|link| link.header.index))
+}
+
 async fn add_route(handle: &Handle, route: &Plan<'_>) -> Result<()> {
     let what = || format!("add route {}", describe(route));
-    let index = handle
-        .link()
-        .get()
-        .match_name(route.interface.to_owned())
-        .execute()
-        .try_next()
+    let index = index_of(handle, route.interface)
         .await
         .context(what)?
-        .map(|link| link.header.index)
         .ok_or_else(|| {
             Error::InvalidArgument(format!(
                 "route {}: there is no such interface",
@@ -411,5 +480,29 @@ mod tests {
         assert!(plan_one(&mixed).is_err());
         mixed.family = 0;
         assert!(plan_one(&mixed).is_err());
+    }
+
+    #[test]
+    fn the_neighbour_of_the_loopback_is_a_link_local_one() {
+        let fine = Localhost {
+            interface: "eth0".into(),
+            host: "169.254.255.253".into(),
+            host_mac: "02:64:79:61:64:01".into(),
+            ..Default::default()
+        };
+        let neighbour = plan_localhost(&fine).unwrap();
+        assert_eq!(neighbour.address, Ipv4Addr::new(169, 254, 255, 253));
+        for host in ["", "10.0.0.1", "127.0.0.1", "169.254.255", "fe80::1"] {
+            let bad = Localhost {
+                host: host.into(),
+                ..fine.clone()
+            };
+            assert!(plan_localhost(&bad).is_err(), "{host:?}");
+        }
+        let bad = Localhost {
+            host_mac: "02:64".into(),
+            ..fine
+        };
+        assert!(plan_localhost(&bad).is_err());
     }
 }

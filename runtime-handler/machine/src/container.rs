@@ -12,6 +12,7 @@ use dyad_runtime_handler::handler::{Instance, ProcessId};
 use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, Stdio};
 use dyad_runtime_handler::stats::Stats;
 use log::{debug, warn};
+use oci_spec::runtime::LinuxResources;
 use tokio::task::JoinHandle;
 
 use crate::guest::Agent;
@@ -35,6 +36,8 @@ const KILL_PATIENCE: Duration = Duration::from_secs(10);
 pub struct Container {
     machine: Arc<Machine>,
     id: String,
+    /// In its pod; the same for one that takes another's place.
+    name: String,
     options: CreateOptions,
     copies: Vec<Copy>,
     termination: Option<Termination>,
@@ -44,6 +47,8 @@ pub struct Container {
 #[derive(Default)]
 struct State {
     phase: Phase,
+    /// Updates of its limits, which its spec does not have.
+    updates: Vec<LinuxResources>,
     sync: Option<JoinHandle<()>>,
 }
 
@@ -63,6 +68,7 @@ impl Container {
     /// `InvalidArgument` naming what a machine cannot honour; what the host's tools,
     /// libvirt or the agent refused. Nothing stays but what is kept for the image.
     pub async fn create(machine: Arc<Machine>, spec: ContainerSpec) -> Result<Arc<Self>> {
+        let name = name_of(&spec);
         let mut guest = crate::spec::container(spec.oci)?;
         let mounts = guest.oci.mounts().clone().unwrap_or_default();
         let VolumePlan {
@@ -87,6 +93,12 @@ impl Container {
         });
 
         machine.ready().await?;
+        let resources = guest
+            .oci
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.resources().as_ref());
+        machine.admit(&name, resources).await?;
         let root_disk_serial = machine.plug(&image).await?;
         let options = CreateOptions {
             spec_json: serde_json::to_vec(&guest.oci)
@@ -100,6 +112,7 @@ impl Container {
         let container = Arc::new(Self {
             machine,
             id: spec.id,
+            name,
             options,
             copies,
             termination,
@@ -118,6 +131,10 @@ impl Container {
         agent.create(&self.id, stdio, options).await?;
         self.machine.started(process.clone());
         self.watch_end(agent.clone(), process);
+        let updates = self.lock().updates.clone();
+        for update in updates {
+            agent.update(&self.id, &update).await?;
+        }
         let container = Arc::downgrade(self);
         let syncing = sync::watch(self.copies.clone(), move |changed| {
             let container = container.clone();
@@ -340,9 +357,37 @@ impl Instance for ContainerInstance {
         self.0.machine.agent().stats(&self.0.id).await
     }
 
+    /// A container that grows needs the machine to have grown, and one that shrinks lets it
+    /// shrink.
     async fn update(&self, resources: &Resources) -> Result<()> {
-        let agent = self.0.machine.agent();
-        agent.update(&self.0.id, &resources.linux).await
+        let Container {
+            machine, id, name, ..
+        } = &*self.0;
+        if machine.is_suspended() {
+            return Err(Error::FailedPrecondition(format!(
+                "cannot update container {id}: its machine is paused; resume it first"
+            )));
+        }
+        let agent = machine.agent();
+        let grows = machine.grows_by(name, &resources.linux).await?;
+        if grows {
+            machine.resize(name, &resources.linux).await?;
+            agent.update(id, &resources.linux).await?;
+        } else {
+            agent.update(id, &resources.linux).await?;
+            if let Err(error) = machine.resize(name, &resources.linux).await {
+                let before = machine.limits(name).await.to_resources();
+                if let Err(error) = agent.update(id, &before).await {
+                    warn!("limits of {id} as before: {}", error.chain());
+                }
+                return Err(error);
+            }
+        }
+        let updates = &mut self.0.lock().updates;
+        // An update that was made again counts where it was made last.
+        updates.retain(|earlier| *earlier != resources.linux);
+        updates.push(resources.linux.clone());
+        Ok(())
     }
 
     async fn delete(&self) -> Result<()> {
@@ -368,6 +413,13 @@ impl Instance for ContainerInstance {
         }
         Ok(())
     }
+}
+
+/// CRI's name of the container, which outlives its id.
+fn name_of(spec: &ContainerSpec) -> String {
+    let annotations = spec.oci.annotations().as_ref();
+    let name = annotations.and_then(|all| all.get("io.kubernetes.cri.container-name"));
+    name.unwrap_or(&spec.id).clone()
 }
 
 async fn blocking<T: Send + 'static>(

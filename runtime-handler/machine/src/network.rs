@@ -6,7 +6,9 @@
 //!        <--------redirect, ingress---- tap
 //! ```
 //! Redirection happens at ingress, before the namespace's own IP stack: the address stays
-//! on eth0 for everybody who looks, but the kernel never answers for it.
+//! on eth0 for everybody who looks, but the kernel never answers for it. The namespace's
+//! localhost is the guest's, see [`localhost`].
 
 pub mod apply;
+pub mod localhost;
 pub mod plan;

@@ -274,15 +274,18 @@ fn the_machine_takes_over_the_pod_s_interface_and_the_kernel_stays_silent() {
         ("", "10.99.0.1")
     );
 
+    let localhost = plan.localhost.as_ref().expect("a way to localhost");
     let mut guest = open_tap(&interface.tap);
     runtime.block_on(async {
         // A create that is asked again finds the tap in the pod already.
         for _ in 0..2 {
-            apply::wire(&pod.path, &interface.tap, "eth0", interface.mtu)
+            apply::wire(&pod.path, interface, Some(localhost))
                 .await
                 .expect("wire");
         }
     });
+    the_pod_s_localhost_is_the_guest_s(&pod, &mut guest);
+    let loopback = Ipv4Addr::new(127, 0, 0, 1);
 
     let mut outside = std::thread::scope(|scope| {
         let opened = scope.spawn(|| {
@@ -293,6 +296,24 @@ fn the_machine_takes_over_the_pod_s_interface_and_the_kernel_stays_silent() {
         });
         opened.join().expect("thread")
     });
+    // Nobody on the wire reaches the guest's loopback, or passes for it.
+    for (from, to) in [(WORLD, loopback), (Ipv4Addr::new(127, 0, 0, 2), POD)] {
+        let frame = syn([0x0a, 0x58, 10, 99, 0, 5], from, to);
+        outside.write_all(&frame).expect("send");
+    }
+    outside
+        .write_all(&arp(ARP_REQUEST, Ipv4Addr::new(10, 99, 0, 77), POD))
+        .expect("send");
+    let is_loopback =
+        |frame: &[u8]| frame[12..14] == [8, 0] && (frame[26] == 127 || frame[30] == 127);
+    let asked_or_loopback = |frame: &[u8]| {
+        is_loopback(frame) || is_arp(frame, ARP_REQUEST, Ipv4Addr::new(10, 99, 0, 77))
+    };
+    let first = await_frame(&mut guest, asked_or_loopback, PATIENCE).expect("a frame");
+    assert!(
+        !is_loopback(&first),
+        "from the wire to the loopback: {first:x?}"
+    );
     outside
         .write_all(&arp(ARP_REQUEST, Ipv4Addr::new(10, 99, 0, 77), POD))
         .expect("send");
@@ -322,6 +343,122 @@ fn the_machine_takes_over_the_pod_s_interface_and_the_kernel_stays_silent() {
         .expect("send");
     let kernels = |frame: &[u8]| is_arp(frame, ARP_REPLY, POD);
     await_frame(&mut outside, kernels, PATIENCE).expect("the pod's kernel answers again");
+    std::thread::scope(|scope| {
+        let own = scope.spawn(|| {
+            pod.enter();
+            std::net::TcpListener::bind("127.0.0.1:0").map(drop)
+        });
+        let bound = own.join().expect("thread");
+        bound.expect("the pod has its own localhost again");
+    });
+}
+
+/// A dial of 127.0.0.1 in the pod arrives at the guest, and its answer at who dialled;
+/// only so much of the guest's reaches the pod's stack.
+fn the_pod_s_localhost_is_the_guest_s(pod: &Netns, guest: &mut File) {
+    let loopback = Ipv4Addr::new(127, 0, 0, 1);
+    let host = Ipv4Addr::new(169, 254, 255, 253);
+    let dialled = std::thread::scope(|scope| {
+        let dial = scope.spawn(|| {
+            pod.enter();
+            let to = std::net::SocketAddr::from((loopback, 8080));
+            std::net::TcpStream::connect_timeout(&to, PATIENCE)
+        });
+        let is_syn = |frame: &[u8]| frame.len() >= 54 && frame[12..14] == [8, 0] && frame[23] == 6;
+        let asked = await_frame(guest, is_syn, PATIENCE).expect("the dial arrives");
+        assert_eq!(
+            asked[..6],
+            [0x0a, 0x58, 10, 99, 0, 5],
+            "the guest's own MAC"
+        );
+        assert_eq!(asked[26..30], host.octets());
+        assert_eq!(asked[30..34], loopback.octets());
+        // Nobody listens: what the guest's kernel would answer.
+        guest.write_all(&reset(&asked)).expect("send");
+        dial.join().expect("thread")
+    });
+    let error = dialled.expect_err("refused");
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
+}
+
+const TCP_RST_ACK: u8 = 0x14;
+const TCP_SYN: u8 = 0x02;
+
+/// An Ethernet frame with a TCP segment without data.
+fn tcp(
+    macs: ([u8; 6], [u8; 6]),
+    ips: (Ipv4Addr, Ipv4Addr),
+    ports: (u16, u16),
+    numbers: (u32, u32),
+    flags: u8,
+) -> Vec<u8> {
+    let sum = |bytes: &[u8], start: u32| {
+        let words = bytes
+            .chunks(2)
+            .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+        let mut sum = start + words.sum::<u32>();
+        while sum > 0xffff {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        !(sum as u16)
+    };
+    let mut segment = Vec::new();
+    segment.extend(ports.0.to_be_bytes());
+    segment.extend(ports.1.to_be_bytes());
+    segment.extend(numbers.0.to_be_bytes());
+    segment.extend(numbers.1.to_be_bytes());
+    segment.extend([0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+    let mut pseudo = Vec::new();
+    pseudo.extend(ips.0.octets());
+    pseudo.extend(ips.1.octets());
+    pseudo.extend([0, 6, 0, segment.len() as u8]);
+    pseudo.extend(&segment);
+    let check = sum(&pseudo, 0);
+    segment[16..18].copy_from_slice(&check.to_be_bytes());
+    let mut header = vec![
+        0x45,
+        0,
+        0,
+        20 + segment.len() as u8,
+        0,
+        1,
+        0,
+        0,
+        64,
+        6,
+        0,
+        0,
+    ];
+    header.extend(ips.0.octets());
+    header.extend(ips.1.octets());
+    let check = sum(&header, 0);
+    header[10..12].copy_from_slice(&check.to_be_bytes());
+    let mut frame = Vec::new();
+    frame.extend(macs.1);
+    frame.extend(macs.0);
+    frame.extend([8, 0]);
+    frame.extend(header);
+    frame.extend(segment);
+    frame
+}
+
+fn syn(to_mac: [u8; 6], from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
+    let macs = ([2, 0, 0, 0, 0, 9], to_mac);
+    tcp(macs, (from, to), (40000, 8080), (1, 0), TCP_SYN)
+}
+
+/// The answer to `asked` of a kernel where nobody listens.
+fn reset(asked: &[u8]) -> Vec<u8> {
+    let field = |at: usize| u32::from_be_bytes(asked[at..at + 4].try_into().expect("4 bytes"));
+    let port = |at: usize| u16::from_be_bytes([asked[at], asked[at + 1]]);
+    let mac = |at: usize| asked[at..at + 6].try_into().expect("6 bytes");
+    tcp(
+        (mac(0), mac(6)),
+        (Ipv4Addr::from(field(30)), Ipv4Addr::from(field(26))),
+        (port(36), port(34)),
+        (0, field(38).wrapping_add(1)),
+        TCP_RST_ACK,
+    )
 }
 
 #[test]
@@ -341,7 +478,14 @@ fn a_tap_that_was_never_moved_is_removed_and_an_absent_one_is_fine() {
     runtime.block_on(async {
         apply::remove_tap("dytest0").await.expect("remove");
         apply::remove_tap("dytest0").await.expect("remove again");
-        let error = apply::wire(&host.path, "dytest0", "eth0", 1500)
+        let interface = plan::Interface {
+            name: "eth0".into(),
+            tap: "dytest0".into(),
+            mac: "0a:58:0a:63:00:05".into(),
+            mtu: 1500,
+            addresses: Vec::new(),
+        };
+        let error = apply::wire(&host.path, &interface, None)
             .await
             .expect_err("no tap");
         assert!(error.to_string().contains("dytest0"), "{error}");

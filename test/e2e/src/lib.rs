@@ -7,6 +7,7 @@ pub mod cluster;
 pub mod command;
 pub mod crictl;
 pub mod env;
+pub mod forward;
 pub mod host;
 pub mod logs;
 pub mod wait;

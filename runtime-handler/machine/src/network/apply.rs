@@ -22,10 +22,15 @@ use rtnetlink::packet_route::route::{
 };
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
-use super::plan::{Address, Link, Route};
+use super::localhost::Localhost;
+use super::plan::{Address, Interface, Link, Route};
+
+mod localhost;
 
 /// The ingress qdisc's handle.
 const INGRESS: u32 = 0xffff_0000;
+/// The exceptions come before.
+const REDIRECT_PRIORITY: u16 = 2;
 /// `ETH_P_ALL`.
 const ALL_PROTOCOLS: u16 = 0x0003;
 
@@ -52,33 +57,40 @@ pub async fn read(netns: &Path) -> Result<Inventory> {
     .await
 }
 
-/// Moves `tap` from this process's namespace into the pod's and joins it with
-/// `interface`: whatever arrives at one leaves by the other. Repeating it is harmless.
+/// Moves the interface's tap from this process's namespace into the pod's and joins the
+/// two: whatever arrives at one leaves by the other. With `localhost`, the tap is the way
+/// to the guest's localhost too. Repeating it is harmless.
 ///
 /// # Errors
 /// The tap or the interface does not exist, or netlink refused; then the interface is as
 /// before.
-pub async fn wire(netns: &Path, tap: &str, interface: &str, mtu: u32) -> Result<()> {
+pub async fn wire(
+    netns: &Path,
+    interface: &Interface,
+    localhost: Option<&Localhost>,
+) -> Result<()> {
     let target = open_netns(netns)?;
     let (connection, handle, _) =
         rtnetlink::new_connection().context(|| "open a netlink socket".into())?;
     let driver = tokio::spawn(connection);
-    let moved = move_link(&handle, tap, &target).await;
+    let moved = move_link(&handle, &interface.tap, &target).await;
     driver.abort();
     moved?;
 
-    let (tap, interface) = (tap.to_owned(), interface.to_owned());
+    let (interface, localhost) = (interface.clone(), localhost.cloned());
     in_netns(target, "wire the machine's tap", move |handle| async move {
-        silence(&tap);
-        let tap_index = index_of(&handle, &tap)
+        let Interface { name, tap, mac, .. } = &interface;
+        silence(tap);
+        let tap_index = index_of(&handle, tap)
             .await?
             .ok_or_else(|| Error::NotFound(format!("tap {tap} in the pod's network namespace")))?;
-        let interface_index = index_of(&handle, &interface).await?.ok_or_else(|| {
-            Error::NotFound(format!(
-                "interface {interface} in the pod's network namespace"
-            ))
+        let index = index_of(&handle, name).await?.ok_or_else(|| {
+            Error::NotFound(format!("interface {name} in the pod's network namespace"))
         })?;
-        let up = LinkUnspec::new_with_index(tap_index).mtu(mtu).up().build();
+        let up = LinkUnspec::new_with_index(tap_index)
+            .mtu(interface.mtu)
+            .up()
+            .build();
         handle
             .link()
             .set(up)
@@ -86,19 +98,30 @@ pub async fn wire(netns: &Path, tap: &str, interface: &str, mtu: u32) -> Result<
             .await
             .context(|| format!("bring up tap {tap}"))?;
         let both = async {
-            redirect(&handle, interface_index, tap_index).await?;
-            redirect(&handle, tap_index, interface_index).await
+            redirect(&handle, index, tap_index).await?;
+            localhost::guard(&handle, name, index).await?;
+            redirect(&handle, tap_index, index).await
         };
-        let wired = both.await;
+        let wired = async {
+            both.await
+                .context(|| format!("redirect between {name} and {tap}"))?;
+            match &localhost {
+                Some(localhost) => localhost::open(&handle, tap, tap_index, mac, localhost).await,
+                None => Ok(()),
+            }
+        };
+        let wired = wired.await;
         if wired.is_err() {
-            remove_ingress(&handle, interface_index).await;
+            remove_ingress(&handle, index).await;
+            localhost::close(&handle).await;
         }
-        wired.context(|| format!("redirect between {interface} and {tap}"))
+        wired
     })
     .await
 }
 
-/// Takes the redirection off `interface` again; the tap goes with QEMU.
+/// Takes the redirection off the interfaces again, and gives the namespace its own
+/// localhost back; the tap goes with QEMU.
 ///
 /// # Errors
 /// The namespace exists but cannot be joined.
@@ -113,6 +136,7 @@ pub async fn unwire(netns: &Path, interfaces: Vec<String>) -> Result<()> {
                 remove_ingress(&handle, index).await;
             }
         }
+        localhost::close(&handle).await;
         Ok(())
     })
     .await
@@ -243,7 +267,7 @@ async fn redirect(
         .traffic_filter(from.cast_signed())
         .add()
         .parent(INGRESS)
-        .priority(1)
+        .priority(REDIRECT_PRIORITY)
         .protocol(ALL_PROTOCOLS.to_be())
         .redirect(to)?
         .execute()

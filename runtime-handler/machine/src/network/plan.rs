@@ -4,6 +4,8 @@ use std::net::IpAddr;
 
 use uuid::Uuid;
 
+use super::localhost::{self, Localhost};
+
 /// Taps' names begin so.
 const TAP_PREFIX: &str = "dy";
 
@@ -100,6 +102,8 @@ pub struct NetworkPlan {
     pub interfaces: Vec<Interface>,
     /// In the order to be added: a gateway is reachable before it is named.
     pub routes: Vec<GuestRoute>,
+    /// The way to the guest's localhost.
+    pub localhost: Option<Localhost>,
 }
 
 /// Why the pod's network cannot be taken over.
@@ -163,6 +167,7 @@ pub fn plan(
         })
         .collect();
     wanted.sort_by_key(|(route, _)| route.gateway.is_some());
+    let localhost = localhost::plan(&interfaces, addresses, routes);
     let routes = wanted
         .into_iter()
         .map(|(route, link)| GuestRoute {
@@ -178,7 +183,11 @@ pub fn plan(
             family: route.family,
         })
         .collect();
-    Ok(NetworkPlan { interfaces, routes })
+    Ok(NetworkPlan {
+        interfaces,
+        routes,
+        localhost,
+    })
 }
 
 /// At most 13 of the kernel's 15 characters, unique per machine and interface: libvirt
@@ -188,9 +197,23 @@ pub fn tap_name(machine: Uuid, position: usize) -> String {
     format!("{TAP_PREFIX}{}{position:x}", &id[..10])
 }
 
-fn format_mac(mac: &[u8]) -> String {
+pub(super) fn format_mac(mac: &[u8]) -> String {
     let parts: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
     parts.join(":")
+}
+
+/// The six bytes of `aa:bb:cc:dd:ee:ff`.
+///
+/// # Errors
+/// The text is none.
+pub(super) fn parse_mac(text: &str) -> Result<Vec<u8>, NetworkPlanError> {
+    let bytes: Option<Vec<u8>> = text
+        .split(':')
+        .map(|part| u8::from_str_radix(part, 16).ok())
+        .collect();
+    bytes
+        .filter(|bytes| bytes.len() == 6)
+        .ok_or_else(|| NetworkPlanError::NoMac(text.into()))
 }
 
 #[cfg(test)]

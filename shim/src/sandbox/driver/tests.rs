@@ -631,6 +631,101 @@ async fn a_stopped_machine_keeps_its_containers_and_brings_them_back() {
 }
 
 #[tokio::test]
+async fn a_restarted_machine_reboots_and_its_containers_run_again() {
+    let mut pod = TestPod::running(Kind::Machine).await;
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    for (force, call) in [(false, "reboot pod"), (true, "reboot pod force")] {
+        let restart = Operation::Restart {
+            force,
+            grace: GRACE,
+        };
+        pod.operate(restart, "").await.unwrap();
+        assert!(pod.fake.calls().iter().any(|made| made == call), "{call}");
+        assert_eq!(
+            pod.states().await,
+            pairs(&[("c", "running"), ("pod", "running")])
+        );
+    }
+    assert!(!pod.fake.calls().iter().any(|made| made == "stop pod"));
+    let view = pod.sandbox.view().await.unwrap();
+    let starts: Vec<u32> = view.tasks.iter().map(|task| task.starts).collect();
+    assert_eq!(starts, [2, 2]);
+    pod.no_event();
+}
+
+#[tokio::test]
+async fn a_machine_that_cannot_reboot_runs_on_and_one_that_ends_at_it_is_kept() {
+    let mut pod = TestPod::running(Kind::Machine).await;
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    let restart = Operation::Restart {
+        force: false,
+        grace: GRACE,
+    };
+    pod.fake.next(
+        "reboot",
+        FakeReply::Fail(Error::FailedPrecondition("no".into())),
+    );
+    let forced = Operation::Restart {
+        force: true,
+        grace: GRACE,
+    };
+    pod.operate(forced, "").await.unwrap_err();
+    assert_eq!(
+        pod.states().await,
+        pairs(&[("c", "running"), ("pod", "running")])
+    );
+    let held = pod.fake.hold("reboot");
+    let sandbox = pod.sandbox.clone();
+    let asked = tokio::spawn(async move { sandbox.operate(restart, "").await.map(drop) });
+    pod.fake.called("reboot pod").await;
+    pod.fake.exit(&ProcessId::init("pod"), 255);
+    let error = Error::FailedPrecondition("it does not boot".into());
+    held.send(Err(error)).unwrap();
+    let error = asked.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("does not boot"), "{error}");
+    assert_eq!(
+        pod.states().await,
+        pairs(&[("c", "stopped"), ("pod", "stopped")])
+    );
+    pod.no_event();
+    pod.operate(Operation::Start, "").await.unwrap();
+    assert_eq!(
+        pod.states().await,
+        pairs(&[("c", "running"), ("pod", "running")])
+    );
+}
+
+#[tokio::test]
+async fn a_machine_killed_while_it_reboots_ends_for_good() {
+    let mut pod = TestPod::running(Kind::Machine).await;
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    let held = pod.fake.hold("reboot");
+    let sandbox = pod.sandbox.clone();
+    let restart = Operation::Restart {
+        force: true,
+        grace: GRACE,
+    };
+    let asked = tokio::spawn(async move { sandbox.operate(restart, "").await.map(drop) });
+    pod.fake.called("reboot pod force").await;
+    pod.sandbox
+        .signal(ProcessId::init("pod"), libc::SIGKILL, false)
+        .await
+        .unwrap();
+    held.send(Err(Error::FailedPrecondition("off".into())))
+        .unwrap();
+    let error = asked.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("killed"), "{error}");
+    pod.expect_events(&["exit container pod 137", "exit container c 137"])
+        .await;
+}
+
+#[tokio::test]
 async fn a_stopped_machine_that_is_killed_ends_with_all_in_it() {
     let mut pod = TestPod::running(Kind::Machine).await;
     pod.operate(Operation::Stop { grace: GRACE }, "")

@@ -17,6 +17,7 @@ mod in_place;
 mod kinds;
 mod lifecycle;
 mod network;
+mod outside;
 mod outside_cri;
 mod process;
 mod resources;
@@ -114,6 +115,7 @@ pub fn all() -> Vec<Case> {
         resources::CASES,
         kinds::CASES,
         events::CASES,
+        outside::CASES,
         outside_cri::CASES,
         critest::CASES,
         delete::CASES,

@@ -1,0 +1,255 @@
+//! Powering on, and the way from there to a guest that serves.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use dyad_agent_api::proto::agent::{self as proto, SetupRequest};
+use dyad_runtime_handler::Error;
+use dyad_runtime_handler::cgroup::Hierarchies;
+use dyad_runtime_handler::error::{Context, Result};
+use dyad_runtime_handler::handler::Event;
+use log::{debug, warn};
+
+use super::images::connect;
+use super::{Boot, Machine, POD_DISK_SERIAL, Power, lock};
+use crate::guest::GuestEvent;
+use crate::network::apply as network;
+use crate::{cgroup, libvirt, slots};
+
+/// As much fresh randomness as the kernel's generator takes in.
+const ENTROPY_BYTES: usize = 64;
+/// `/dev/shm` as Kubernetes gives it.
+const SHM_BYTES: u64 = 64 << 20;
+/// What a boot failure quotes of the console.
+const CONSOLE_LINES: usize = 15;
+
+impl Machine {
+    /// Runs the defined domain: paused first, so that QEMU is accounted to the pod and its
+    /// taps are wired before the guest executes anything.
+    ///
+    /// # Errors
+    /// libvirt, the cgroup or the network refused; then it is off.
+    pub async fn power_on(self: &Arc<Self>) -> Result<()> {
+        if matches!(*self.power.borrow(), Power::On { .. }) {
+            return Ok(());
+        }
+        let slots_dir = self.paths.cache_dir.join("boot");
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let slot = slots::take(slots_dir, cpus).await?;
+        *lock(&self.ended_by) = None;
+        *lock(&self.agent) = connect(&self.channel);
+        let started = Instant::now();
+        let on = self.power_on_here().await;
+        if let Err(error) = on {
+            if let Err(error) = self.libvirt.destroy(self.record.uuid).await {
+                warn!("{}", Error::from(error).chain());
+            }
+            return Err(error);
+        }
+        debug!(
+            "machine {} runs after {:?}",
+            self.record.uuid,
+            started.elapsed()
+        );
+        let machine = Arc::clone(self);
+        tokio::spawn(async move {
+            machine.boot().await;
+            drop(slot);
+        });
+        Ok(())
+    }
+
+    async fn power_on_here(&self) -> Result<()> {
+        let uuid = self.record.uuid;
+        // It may have another size than it was defined with.
+        let xml = lock(&self.plan).to_xml();
+        self.libvirt.define(uuid, xml).await?;
+        self.libvirt.create_paused(uuid).await?;
+        let pid = libvirt::find_qemu(uuid).context(|| format!("find QEMU of domain {uuid}"))?;
+        if let Some(path) = &self.record.cgroups_path {
+            // A machine that was off left it empty, and who tidies up may remove such.
+            cgroup::create(path, self.cpu_shares).await?;
+            cgroup::place(&Hierarchies::of_host()?.at(path)?, pid)?;
+        }
+        if let Some(netns) = &self.record.netns {
+            for interface in &self.network.interfaces {
+                let localhost = self.network.localhost.as_ref();
+                let localhost = localhost.filter(|way| way.interface == interface.name);
+                network::wire(netns, interface, localhost).await?;
+            }
+        }
+        self.libvirt.resume(uuid).await?;
+        self.power.send_replace(Power::On {
+            pid,
+            boot: Boot::Booting,
+        });
+        Ok(())
+    }
+
+    /// Waits for the agent and makes the guest the pod.
+    pub(super) async fn boot(self: &Arc<Self>) {
+        let bound = self.config.boot_timeout();
+        let (boot_number, agent) = (*self.reboots.borrow(), self.agent());
+        let booted = tokio::time::timeout(bound, async {
+            agent.ready(bound).await?;
+            let setup = agent.setup(self.setup_request()).await?;
+            self.size_again(&agent).await?;
+            Ok::<_, Error>(setup)
+        });
+        let mut power = self.power.subscribe();
+        let result = tokio::select! {
+            booted = booted => match booted {
+                Ok(Ok(setup)) => {
+                    debug!("guest of {}: kernel {}", self.record.uuid, setup.kernel_release);
+                    *lock(&self.kernel_release) = setup.kernel_release;
+                    Ok(())
+                }
+                Ok(Err(error)) => Err(error.chain()),
+                Err(_) => Err(format!("its agent did not answer within {} s", bound.as_secs())),
+            },
+            _ = power.wait_for(|power| matches!(power, Power::Off(_))) => {
+                Err("it powered off while booting".into())
+            }
+        };
+        let boot = match result {
+            Ok(()) => Boot::Ready,
+            Err(reason) => {
+                let console = self.folder.console_tail(CONSOLE_LINES);
+                Boot::Failed(format!(
+                    "the machine did not boot: {reason}; its console ends with:\n{console}"
+                ))
+            }
+        };
+        if boot_number != *self.reboots.borrow() {
+            // It rebooted meanwhile (a guest's reboot may reset it more than once); that boot
+            // has its own end.
+            return;
+        }
+        let ready = boot == Boot::Ready;
+        self.power.send_if_modified(|power| match power {
+            Power::On { boot: current, .. } => {
+                *current = boot.clone();
+                true
+            }
+            // It ended meanwhile; whoever waits is told why it did not come up.
+            Power::Off(_) => false,
+        });
+        if ready {
+            let machine = Arc::downgrade(self);
+            tokio::spawn(async move {
+                let mut after = 0;
+                while let Ok((last, events)) = agent.events(after).await {
+                    let Some(machine) = machine.upgrade() else {
+                        return;
+                    };
+                    after = last;
+                    for GuestEvent::OutOfMemory { container } in events {
+                        // The driver ends with the shim.
+                        let _ = machine.events.send(Event::OutOfMemory { container });
+                    }
+                }
+            });
+        }
+    }
+
+    /// Waits until the guest serves.
+    ///
+    /// # Errors
+    /// It did not come up, or is off; the text ends with what its console said last.
+    pub async fn ready(&self) -> Result<u32> {
+        let mut power = self.power.subscribe();
+        let settled = power
+            .wait_for(|power| {
+                !matches!(
+                    power,
+                    Power::On {
+                        boot: Boot::Booting,
+                        ..
+                    }
+                )
+            })
+            .await
+            .map_err(|_| Error::Unavailable("the machine is being removed".into(), None))?
+            .clone();
+        match settled {
+            Power::On {
+                pid,
+                boot: Boot::Ready,
+            } => Ok(pid),
+            Power::On {
+                boot: Boot::Failed(reason),
+                ..
+            } => Err(Error::Unavailable(reason, None)),
+            Power::On { .. } | Power::Off(None) => Err(Error::FailedPrecondition(
+                "the machine is powered off; start it first".into(),
+            )),
+            Power::Off(Some(ending)) => Err(Error::FailedPrecondition(format!(
+                "the machine is powered off ({ending:?}); its console ends with:\n{}",
+                self.folder.console_tail(CONSOLE_LINES)
+            ))),
+        }
+    }
+
+    fn setup_request(&self) -> SetupRequest {
+        let mut entropy = vec![0; ENTROPY_BYTES];
+        if let Err(error) = fill_random(&mut entropy) {
+            warn!("read the host's randomness: {error}");
+            entropy.clear();
+        }
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        SetupRequest {
+            hostname: self.sandbox.hostname.clone(),
+            unix_time_ns: u64::try_from(now.as_nanos()).unwrap_or_default(),
+            entropy,
+            pod_disk_serial: POD_DISK_SERIAL.into(),
+            interfaces: self
+                .network
+                .interfaces
+                .iter()
+                .map(|interface| proto::Interface {
+                    name: interface.name.clone(),
+                    mac: interface.mac.clone(),
+                    mtu: interface.mtu,
+                    addresses: interface.addresses.clone(),
+                    ..Default::default()
+                })
+                .collect(),
+            routes: self
+                .network
+                .routes
+                .iter()
+                .map(|route| proto::Route {
+                    destination: route.destination.clone(),
+                    gateway: route.gateway.clone(),
+                    interface: route.interface.clone(),
+                    source: route.source.clone(),
+                    metric: route.metric,
+                    scope: u32::from(route.scope),
+                    family: u32::from(route.family),
+                    ..Default::default()
+                })
+                .collect(),
+            localhost: self
+                .network
+                .localhost
+                .as_ref()
+                .map(|way| proto::Localhost {
+                    interface: way.interface.clone(),
+                    host: way.host.to_string(),
+                    host_mac: way.host_mac.clone(),
+                    ..Default::default()
+                })
+                .into(),
+            sysctls: self.sandbox.sysctls.clone(),
+            shm_size: SHM_BYTES,
+            ..Default::default()
+        }
+    }
+}
+
+fn fill_random(buffer: &mut [u8]) -> std::io::Result<()> {
+    use std::io::Read;
+    std::fs::File::open("/dev/urandom")?.read_exact(buffer)
+}

@@ -1,0 +1,272 @@
+//! What libvirt tells of the machine's power, and taking it away.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use dyad_runtime_handler::Error;
+use dyad_runtime_handler::error::Result;
+use dyad_runtime_handler::handler::{Event, MachineEvent};
+use log::{debug, info, warn};
+use tokio::sync::mpsc;
+
+use super::images::connect;
+use super::{Boot, Machine, Power, lock};
+use crate::events::{Change, Ending, Observed};
+use crate::libvirt;
+
+/// How often the console's log is looked at.
+const CONSOLE_LOOK: Duration = Duration::from_secs(10);
+/// It may have this many bytes before it begins anew.
+const CONSOLE_BYTES: u64 = 1 << 20;
+/// A guest that was told to power off gets this long beyond the grace of its processes.
+const POWER_OFF_PATIENCE: Duration = Duration::from_secs(10);
+/// An agent that serves answers sooner, whatever the grace.
+const SHORT_CALL: Duration = Duration::from_secs(2);
+/// libvirt's event follows QEMU's end at once; its destroy polls every 200 ms.
+const STOPPED_PATIENCE: Duration = Duration::from_secs(10);
+/// QEMU takes milliseconds; on a busy host more. Then libvirt kills it.
+const TERM_PATIENCE: Duration = Duration::from_secs(1);
+
+impl Machine {
+    /// Follows libvirt's word until the machine is dropped.
+    pub(super) async fn follow(
+        machine: std::sync::Weak<Self>,
+        mut changes: mpsc::UnboundedReceiver<Change>,
+    ) {
+        // Powering on paused and resuming are told too, and are nobody's pause.
+        let mut starting = false;
+        while let Some(change) = changes.recv().await {
+            let Some(machine) = machine.upgrade() else {
+                return;
+            };
+            match change {
+                Change::Started => starting = true,
+                Change::Resumed if starting => starting = false,
+                Change::Suspended if starting => {}
+                Change::Suspended => {
+                    machine.suspended.store(true, Ordering::Relaxed);
+                    machine.tell(MachineEvent::Suspended);
+                }
+                Change::Resumed => {
+                    machine.suspended.store(false, Ordering::Relaxed);
+                    machine.tell(MachineEvent::Resumed);
+                }
+                Change::Rebooted => machine.rebooted(),
+                Change::Panicked => machine.tell(MachineEvent::Crashed),
+                Change::Stopped(ending) => {
+                    starting = false;
+                    machine.suspended.store(false, Ordering::Relaxed);
+                    machine.ended(ending);
+                }
+                Change::Undefined => {}
+            }
+        }
+    }
+
+    /// Looks after the console's log until the machine is dropped. libvirt's own way,
+    /// virtlogd, is not there on every host.
+    pub(super) async fn bound_console(machine: std::sync::Weak<Self>) {
+        let mut ticks = tokio::time::interval(CONSOLE_LOOK);
+        loop {
+            ticks.tick().await;
+            let Some(machine) = machine.upgrade() else {
+                return;
+            };
+            if let Err(error) = machine.folder.bound_console(CONSOLE_BYTES) {
+                warn!("{}", error.chain());
+            }
+        }
+    }
+
+    pub(super) fn stop_following(&self) {
+        if let Some(watcher) = lock(&self.watcher).take() {
+            watcher.abort();
+        }
+        self.libvirt.unwatch();
+    }
+
+    fn tell(&self, event: MachineEvent) {
+        // The driver ends with the shim.
+        let _ = self.events.send(Event::Machine(event));
+    }
+
+    /// The guest's processes are gone; it comes up anew.
+    fn rebooted(self: &Arc<Self>) {
+        let was_on = self.power.send_if_modified(|power| match power {
+            Power::On { boot, .. } => {
+                *boot = Boot::Booting;
+                true
+            }
+            Power::Off(_) => false,
+        });
+        if was_on {
+            info!("machine {} rebooted", self.record.uuid);
+            self.reboots.send_modify(|count| *count += 1);
+            // The new guest knows nothing of the old one's calls and streams.
+            let old = std::mem::replace(&mut *lock(&self.agent), connect(&self.channel));
+            old.close();
+            self.suspended.store(false, Ordering::Relaxed);
+            self.end_all(128 + libc::SIGKILL as u32, |process| {
+                process.container != self.record.sandbox_id
+            });
+            self.tell(MachineEvent::Rebooted);
+            let machine = Arc::clone(self);
+            tokio::spawn(async move { machine.boot().await });
+        }
+    }
+
+    fn ended(&self, ending: Ending) {
+        let status = match (*lock(&self.ended_by), ending) {
+            (Some(signal), _) => 128 + signal.unsigned_abs(),
+            _ => ending.status(),
+        };
+        info!(
+            "machine {} ended: {ending:?}, status {status}",
+            self.record.uuid
+        );
+        // First the state: who is told of an exit may ask for it.
+        self.power.send_replace(Power::Off(Some(ending)));
+        // Nobody writes its processes' output any more: let go of their FIFOs.
+        self.agent().close();
+        self.end_all(status, |process| {
+            process.container != self.record.sandbox_id
+        });
+        self.end_all(status, |_| true);
+    }
+
+    /// Shuts the guest down: its agent ends all processes and powers off; then the power
+    /// button, then the plug. Returns when it is off.
+    ///
+    /// # Errors
+    /// libvirt could not even pull the plug.
+    pub async fn shut_down(&self, grace: Duration) -> Result<()> {
+        if self.is_off() {
+            return Ok(());
+        }
+        let agent = self.agent();
+        let asked =
+            tokio::time::timeout(grace.min(POWER_OFF_PATIENCE), agent.shutdown(false, grace)).await;
+        let asked = match asked {
+            Ok(Ok(())) => true,
+            Ok(Err(error)) => {
+                debug!("ask the guest to power off: {}", error.chain());
+                false
+            }
+            Err(_) => false,
+        };
+        if !asked && let Err(error) = self.libvirt.press_power_button(self.record.uuid).await {
+            debug!("{}", Error::from(error).chain());
+        }
+        let extra = if asked {
+            POWER_OFF_PATIENCE
+        } else {
+            Duration::ZERO
+        };
+        if self.await_off(grace + extra).await {
+            return Ok(());
+        }
+        self.destroy(libc::SIGKILL).await
+    }
+
+    /// Boots the guest anew in the same QEMU: its agent ends all processes and reboots, or
+    /// (`force`, or where that comes to nothing) it is reset. Returns QEMU's pid when the
+    /// guest serves.
+    ///
+    /// # Errors
+    /// libvirt could not reset it, and it runs on; or its guest did not come up, and it is
+    /// off.
+    pub async fn reboot(&self, force: bool, grace: Duration) -> Result<u32> {
+        // Seen by its number: another reboot must not be taken for this one.
+        let before = *self.reboots.borrow();
+        let mut reboots = self.reboots.subscribe();
+        let mut rebooted = async |bound: Duration| {
+            let seen = reboots.wait_for(|count| *count != before);
+            tokio::time::timeout(bound, seen).await.is_ok()
+        };
+        let mut done = false;
+        if !force {
+            let bound = grace.min(POWER_OFF_PATIENCE).max(SHORT_CALL);
+            let asked = tokio::time::timeout(bound, self.agent().shutdown(true, grace)).await;
+            match asked {
+                Ok(Ok(())) => done = rebooted(grace + POWER_OFF_PATIENCE).await,
+                Ok(Err(error)) => debug!("ask the guest to reboot: {}", error.chain()),
+                Err(_) => debug!("ask the guest to reboot: no answer within {bound:?}"),
+            }
+        }
+        if !done && !self.is_off() {
+            self.libvirt.reset(self.record.uuid).await?;
+            done = rebooted(STOPPED_PATIENCE).await;
+        }
+        let ready = match done {
+            true => self.ready().await,
+            false => Err(Error::Unavailable(
+                "libvirt tells of no reboot".into(),
+                None,
+            )),
+        };
+        if ready.is_err() {
+            self.destroy(libc::SIGKILL).await?;
+        }
+        ready
+    }
+
+    /// Pulls the plug; `signal` is what the exit status will say. Returns when it is off.
+    ///
+    /// # Errors
+    /// libvirt could not end QEMU.
+    pub async fn destroy(&self, signal: i32) -> Result<()> {
+        if self.is_off() {
+            return Ok(());
+        }
+        lock(&self.ended_by).get_or_insert(signal);
+        // libvirt's own way looks five times a second whether QEMU is gone; QEMU ends within
+        // milliseconds of SIGTERM, and libvirt sees that at once.
+        let told = self
+            .pid()
+            .is_some_and(|pid| libvirt::terminate_qemu(pid, self.record.uuid));
+        if told && self.await_off(TERM_PATIENCE).await {
+            return Ok(());
+        }
+        self.libvirt.destroy(self.record.uuid).await?;
+        if !self.await_off(STOPPED_PATIENCE).await {
+            // The event may be lost with a libvirtd that died; its state is not.
+            if let Observed::Off(ending) = self.libvirt.state(self.record.uuid).await? {
+                self.ended(ending);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether its vCPUs are stopped.
+    pub fn is_suspended(&self) -> bool {
+        self.suspended.load(Ordering::Relaxed)
+    }
+
+    /// Whether it is powered off.
+    pub fn is_off(&self) -> bool {
+        matches!(*self.power.borrow(), Power::Off(_))
+    }
+
+    async fn await_off(&self, bound: Duration) -> bool {
+        let mut power = self.power.subscribe();
+        let off = power.wait_for(|power| matches!(power, Power::Off(_)));
+        tokio::time::timeout(bound, off).await.is_ok()
+    }
+
+    /// Stops the vCPUs.
+    ///
+    /// # Errors
+    /// libvirt refused.
+    pub async fn suspend(&self) -> Result<()> {
+        Ok(self.libvirt.suspend(self.record.uuid).await?)
+    }
+
+    /// Runs the vCPUs.
+    ///
+    /// # Errors
+    /// libvirt refused.
+    pub async fn resume(&self) -> Result<()> {
+        Ok(self.libvirt.resume(self.record.uuid).await?)
+    }
+}

@@ -1,0 +1,96 @@
+//! What must hold, and must be there, before a machine can be defined.
+
+use dyad_runtime_handler::Error;
+use dyad_runtime_handler::config::Channel;
+use dyad_runtime_handler::error::{Context, Result};
+use dyad_runtime_handler::spec::ContainerSpec;
+
+use crate::domain::AgentChannel;
+use crate::record::Folder;
+use crate::storage::apply::{self as storage, QemuUser};
+use crate::{Paths, size};
+
+/// A unix socket's address holds no more.
+const SOCKET_PATH_MAX: usize = 107;
+
+pub(super) fn title(spec: &ContainerSpec) -> String {
+    if spec.pod.name.is_empty() {
+        return spec.pod.sandbox_id.clone();
+    }
+    format!("{}/{}", spec.pod.namespace, spec.pod.name)
+}
+
+pub(super) fn host_size() -> Result<size::Host> {
+    let info = nix::sys::sysinfo::sysinfo().context(|| "ask for the host's memory".into())?;
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    Ok(size::Host {
+        cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
+        memory_mib: info.ram_total() >> 20,
+    })
+}
+
+pub(super) fn check_readable(key: &str, path: &std::path::Path) -> Result<()> {
+    std::fs::File::open(path).map(drop).map_err(|error| {
+        Error::FailedPrecondition(format!(
+            "guest {key} {}: {error}; build it with hack/guest, or set `{key}` in section [machine] of the configuration",
+            path.display()
+        ))
+    })
+}
+
+pub(super) fn check_socket_path(socket: &std::path::Path) -> Result<()> {
+    let length = socket.as_os_str().len();
+    if length > SOCKET_PATH_MAX {
+        return Err(Error::FailedPrecondition(format!(
+            "{} has {length} characters, a socket's path at most {SOCKET_PATH_MAX}; set a shorter `state_dir`",
+            socket.display()
+        )));
+    }
+    Ok(())
+}
+
+/// QEMU's user walks through all of them and writes sockets into the last.
+pub(super) fn make_folders(paths: &Paths, folder: &Folder, user: Option<QemuUser>) -> Result<()> {
+    for root in [&paths.state_dir, &paths.cache_dir] {
+        if !root.exists() {
+            storage::walkable_dir(root)?;
+        }
+        storage::walkable_dir(&root.join("machines"))?;
+    }
+    storage::walkable_dir(&folder.dir)?;
+    storage::walkable_dir(&folder.run_dir)?;
+    if let Some(user) = user {
+        std::os::unix::fs::chown(&folder.run_dir, Some(user.uid), Some(user.gid))
+            .context(|| format!("set the owner of {}", folder.run_dir.display()))?;
+    }
+    Ok(())
+}
+
+/// vsock where it is asked for, or the host's kernel has it for guests.
+pub(super) fn choose_channel(
+    choice: Channel,
+    folder: &Folder,
+    uuid: uuid::Uuid,
+) -> Result<AgentChannel> {
+    let vhost = std::path::Path::new("/dev/vhost-vsock");
+    let vsock = match choice {
+        Channel::VirtioSerial => false,
+        Channel::Vsock if !vhost.exists() => {
+            return Err(Error::FailedPrecondition(
+                "channel = \"vsock\", but this host has no /dev/vhost-vsock; load the module vhost_vsock, or set it to \"auto\"".into(),
+            ));
+        }
+        Channel::Vsock => true,
+        Channel::Auto => vhost.exists(),
+    };
+    if !vsock {
+        return Ok(AgentChannel::VirtioSerial {
+            socket: folder.agent_socket(),
+        });
+    }
+    // From the UUID, away from the low ids that people give by hand.
+    let (high, _) = uuid.as_u64_pair();
+    Ok(AgentChannel::Vsock {
+        cid: 0x1000_0000 | (high as u32 & 0x3fff_ffff),
+    })
+}
