@@ -7,15 +7,12 @@ use dyad_e2e::check::{names, same};
 use serde_json::{Value, json};
 
 use super::{Case, case};
-use crate::context::{Context, Kind, Object, SOON, container, with};
+use crate::context::{Context, Object, SOON, container, with};
 
 pub const CASES: &[Case] = &[
     case!(kubelet_notices_neither_a_stop_and_start_in_place_nor_a_pause_of_three_minutes),
-    case!(a_resize_reaches_the_container_without_a_restart, RESIZABLE),
+    case!(a_resize_reaches_the_container_without_a_restart),
 ];
-
-/// The kinds whose running pods are resized; both, once machines are.
-const RESIZABLE: &[Kind] = &[Kind::Dyad];
 
 const PAUSE: Duration = Duration::from_secs(180);
 

@@ -15,12 +15,9 @@ use crate::context::{Context, Kind, SOON, container, with};
 
 pub const CASES: &[Case] = &[
     case!(a_pod_is_applied_read_entered_and_ended_with_its_grace),
-    case!(a_port_is_forwarded, FORWARDED),
+    case!(a_port_is_forwarded),
     case!(init_containers_and_sidecars_run_in_order),
 ];
-
-/// The kinds whose ports are forwarded; both, once a machine answers on its pod's localhost.
-const FORWARDED: &[Kind] = &[Kind::Dyad];
 
 const SERVER: &str = "trap 'echo asked to end; sleep 1; echo ended; exit 0' TERM; \
      httpd -p 8080 -h /var/www; echo started on $(hostname); while :; do sleep 1000 & wait $!; done";
