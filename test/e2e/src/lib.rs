@@ -2,6 +2,8 @@
 //! (`hack/up`), a typed crictl, bounded waiting, and snapshots of the host.
 #![forbid(unsafe_code)]
 
+pub mod check;
+pub mod cluster;
 pub mod command;
 pub mod crictl;
 pub mod env;

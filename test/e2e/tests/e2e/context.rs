@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
+pub use dyad_e2e::check::{names, refusal, same};
 use dyad_e2e::command::Done;
 use dyad_e2e::crictl::{ContainerStatus, Crictl, PodStatus};
 use dyad_e2e::env::{Env, LogMark, Version};
@@ -398,30 +399,4 @@ impl Container<'_> {
             .success(&format!("exec of {script}"))?
             .text())
     }
-}
-
-/// The text of the error that was expected.
-pub fn refusal<T>(result: Result<T>) -> Result<String> {
-    match result {
-        Ok(_) => bail!("it was accepted"),
-        Err(error) => Ok(format!("{error:#}")),
-    }
-}
-
-/// `text` must hold every word.
-pub fn names(text: &str, words: &[&str]) -> Result<()> {
-    for word in words {
-        if !text.contains(word) {
-            bail!("{word:?} is not named in: {text}");
-        }
-    }
-    Ok(())
-}
-
-/// Both must be the same.
-pub fn same<T: PartialEq + std::fmt::Debug>(what: &str, is: T, should: T) -> Result<()> {
-    if is != should {
-        bail!("{what} is {is:?} and should be {should:?}");
-    }
-    Ok(())
 }
