@@ -16,9 +16,11 @@ use tokio::sync::{oneshot, watch};
 
 use crate::config::Kind;
 use crate::error::{Error, Result};
-use crate::handler::{ContainerRef, Event, EventSender, Exit, Instance, ProcessId, RuntimeHandler};
+use crate::handler::{
+    ContainerRef, Event, EventSender, Exit, Instance, ProcessId, Reboot, RuntimeHandler,
+};
 use crate::migration::{Arrival, Hurry, Migration, MigrationParameters, MigrationProgress, Sent};
-use crate::spec::{ContainerSpec, ExecSpec, Resources, Stdio};
+use crate::spec::{ContainerSpec, ExecSpec, Resources, Role, Stdio};
 use crate::stats::{CpuStats, Hierarchy, MemoryStats, PidsStats, Stats};
 
 /// What one call shall do.
@@ -53,6 +55,7 @@ struct Script {
 #[derive(Debug)]
 pub struct FakeInstance {
     id: String,
+    role: Role,
     fake: Arc<Fake>,
     /// Live processes, `None`: init.
     running: Mutex<BTreeMap<Option<String>, u32>>,
@@ -188,6 +191,7 @@ impl RuntimeHandler for Arc<Fake> {
         self.call("create", &spec.id).await?;
         let instance = Arc::new(FakeInstance {
             id: spec.id.clone(),
+            role: spec.role,
             fake: Arc::clone(self),
             running: Mutex::default(),
             execs: Mutex::default(),
@@ -285,6 +289,10 @@ impl Instance for FakeInstance {
         Ok(())
     }
 
+    fn reboot(&self) -> Option<&dyn Reboot> {
+        (self.fake.kind == Kind::Machine && self.role == Role::Sandbox).then_some(self)
+    }
+
     async fn pause(&self) -> Result<()> {
         self.fake.call("pause", &self.id).await
     }
@@ -369,6 +377,25 @@ impl Instance for FakeInstance {
     }
 }
 
+#[async_trait]
+impl Reboot for FakeInstance {
+    async fn reboot(&self, force: bool, _grace: Duration) -> Result<u32> {
+        let force = if force { " force" } else { "" };
+        self.fake
+            .call("reboot", format!("{}{force}", self.id))
+            .await?;
+        let all: Vec<Arc<Self>> = lock(&self.fake.script)
+            .instances
+            .values()
+            .cloned()
+            .collect();
+        for other in all.iter().filter(|other| other.id != self.id) {
+            other.end(None, 128 + libc::SIGKILL as u32);
+        }
+        Ok(self.pid)
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -380,7 +407,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::spec::{PodInfo, Role};
+    use crate::spec::PodInfo;
 
     fn spec(id: &str) -> ContainerSpec {
         ContainerSpec {
