@@ -195,7 +195,7 @@ impl Driver {
             }
             (None, Change::Start(reply)) => self.start_again(&container, ticket, reply),
             (None, Change::Migrate(parameters, reply)) => {
-                self.migrate(&container, ticket, parameters, reply);
+                self.migrate(&container, ticket, *parameters, reply);
             }
             (
                 None,

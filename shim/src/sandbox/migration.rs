@@ -99,7 +99,7 @@ impl Driver {
         &mut self,
         container: &str,
         ticket: Ticket,
-        parameters: Box<MigrationParameters>,
+        parameters: MigrationParameters,
         reply: Reply<u64>,
     ) {
         if let Err(error) = self.may_migrate(container) {
@@ -111,7 +111,7 @@ impl Driver {
             destination: parameters.destination.clone(),
             ..MigrationView::default()
         });
-        let parameters = Arc::new(*parameters);
+        let parameters = Arc::new(parameters);
         self.outgoing = Some(Outgoing {
             parameters: Arc::clone(&parameters),
             phase: Phase::Checking,
