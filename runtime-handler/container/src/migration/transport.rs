@@ -224,23 +224,31 @@ pub(crate) struct Listener {
     _files: Files,
 }
 
-/// Paths, with the inodes that were made there.
+/// Paths, with what was made there: its inode, whose number may be given to the next
+/// file, and its change time.
 #[derive(Default)]
-struct Files(Vec<(PathBuf, u64)>);
+struct Files(Vec<(PathBuf, Made)>);
+
+type Made = (u64, i64, i64);
+
+fn made(path: &Path) -> io::Result<Made> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
+}
 
 impl Files {
     fn add(&mut self, path: PathBuf) -> io::Result<()> {
-        let inode = fs::symlink_metadata(&path)?.ino();
-        self.0.push((path, inode));
+        let made = made(&path)?;
+        self.0.push((path, made));
         Ok(())
     }
 }
 
 impl Drop for Files {
     fn drop(&mut self) {
-        for (path, inode) in &self.0 {
+        for (path, ours) in &self.0 {
             // Another pod may wait there by now.
-            if fs::symlink_metadata(path).is_ok_and(|now| now.ino() == *inode) {
+            if made(path).is_ok_and(|there| there == *ours) {
                 // What stays is replaced by the next who waits.
                 let _ = fs::remove_file(path);
             }
@@ -272,11 +280,11 @@ impl Listener {
         let mut files = Files::default();
         let _ = fs::remove_file(&path);
         let unix = UnixListener::bind(&path).context(|| format!("listen on {}", path.display()))?;
+        fs::set_permissions(&path, Permissions::from_mode(0o600))
+            .context(|| format!("make {} root's", path.display()))?;
         files
             .add(path.clone())
             .context(|| format!("look at {}", path.display()))?;
-        fs::set_permissions(&path, Permissions::from_mode(0o600))
-            .context(|| format!("make {} root's", path.display()))?;
         let net = match &config.migration_listen {
             None => None,
             Some(uri) => {
