@@ -4,6 +4,12 @@
 # short_hash DIR: 8 hex digits that tell environments apart.
 short_hash() { printf '%s' "$1" | sha256sum | cut -c1-8; }
 
+# cluster_cgroup DIR: the cgroup below which the environment's kubelet keeps its pods.
+cluster_cgroup() {
+    local name=${1##*/}
+    printf 'pods-of-%s\n' "${name//./-}"
+}
+
 bridge_name() { printf 'dyad%s\n' "$(short_hash "$1")"; }
 
 # free_subnet DIR: a /24 that nothing on this host routes to, the same for the same DIR if it can be; "10.X.Y".
@@ -20,21 +26,59 @@ free_subnet() {
     die "no free subnet in 10.192.0.0/10"
 }
 
+# make_own_network DIR: a network namespace for the environment, held by a mount on DIR/netns. What hack/up starts runs
+# in it where it is there, see `in_network`.
+make_own_network() {
+    if [ -e "$1/netns" ]; then return; fi
+    touch "$1/netns"
+    unshare --net="$1/netns" ip link set lo up
+}
+
+has_own_network() { [ -e "$1/netns" ]; }
+
+# in_network DIR COMMAND...: runs the command in the environment's network. Not by `ip netns exec`, which mounts a /sys
+# without cgroups.
+in_network() {
+    local dir=$1
+    shift
+    if has_own_network "$dir"; then
+        nsenter --net="$dir/netns" -- "$@"
+    else
+        "$@"
+    fi
+}
+
+# link_to_host DIR BRIDGE SUBNET: a cable from the bridge in the environment's own network to the host, which is
+# SUBNET.254 there and so reaches pods and daemons by their addresses.
+link_to_host() {
+    local dir=$1 bridge=$2 subnet=$3
+    ip link add "$bridge" mtu 1450 type veth peer name host netns "$dir/netns"
+    ip addr add "$subnet.254/24" dev "$bridge"
+    ip link set "$bridge" up
+    in_network "$dir" ip link set host master "$bridge" up
+    # Nothing is beyond the host; Kubernetes' programs look for a default route to find the node's address.
+    in_network "$dir" ip route add default via "$subnet.254"
+}
+
 # The bridge is made here and not by its CNI plugin, which would switch on the host's IP forwarding.
 # An MTU that is not the usual one shows whether a pod really gets what CNI said.
 write_network() {
-    local dir=$1 bridge subnet
+    local dir=$1 bridge subnet range=''
     if is_node "$dir"; then
         start_node_network "$dir"
         return
     fi
     bridge=$(bridge_name "$dir")
-    if ! ip link show "$bridge" >/dev/null 2>&1; then
+    if ! in_network "$dir" ip link show "$bridge" >/dev/null 2>&1; then
         subnet=$(free_subnet "$dir")
-        ip link add "$bridge" type bridge
-        ip addr add "$subnet.1/24" dev "$bridge"
-        ip link set "$bridge" mtu 1450 up
-        write_conflist "$dir" "$bridge" "$subnet"
+        in_network "$dir" ip link add "$bridge" type bridge
+        in_network "$dir" ip addr add "$subnet.1/24" dev "$bridge"
+        in_network "$dir" ip link set "$bridge" mtu 1450 up
+        if has_own_network "$dir"; then
+            link_to_host "$dir" "$bridge" "$subnet"
+            range="\"rangeEnd\": \"$subnet.250\", "
+        fi
+        write_conflist "$dir" "$bridge" "$subnet" "$range"
     fi
 }
 
@@ -85,7 +129,11 @@ disabled_plugins = [
 TOML
         case $version in
         1.*) cri_config_v2 "$dir" ;;
-        *) cri_config_v3 "$dir" ;;
+        *)
+            cri_config_v3 "$dir"
+            # 2.1 takes no options of ours in this mode.
+            case $version in 2.[012]) ;; *) sandboxed_tables "$dir" ;; esac
+            ;;
         esac
     } >"$dir/etc/containerd.toml"
 }
@@ -156,16 +204,31 @@ runtime_tables() {
     SystemdCgroup = false
 TOML
     for handler in dyad dyad-vm; do
-        cat <<TOML
+        dyad_table "$table" "$handler" "$dir/etc/$handler.toml"
+    done
+}
+
+# The same two kinds without a pause container: containerd asks the shim for the pod itself.
+sandboxed_tables() {
+    local dir=$1 table='plugins."io.containerd.cri.v1.runtime".containerd.runtimes' handler
+    for handler in dyad dyad-vm; do
+        dyad_table "$table" "$handler-sandboxed" "$dir/etc/$handler.toml" 'sandboxer = "shim"'
+    done
+}
+
+# dyad_table TABLE HANDLER CONFIG [MORE]
+dyad_table() {
+    local table=$1 handler=$2 config=$3 more=${4:-}
+    cat <<TOML
 
 [$table.$handler]
   runtime_type = "io.containerd.dyad.v2"
   pod_annotations = ["dyad.dev/*"]
-  container_annotations = ["dyad.dev/*"]
+  container_annotations = ["dyad.dev/*"]${more:+
+  $more}
   [$table.$handler.options]
-    ConfigPath = "$dir/etc/$handler.toml"
+    ConfigPath = "$config"
 TOML
-    done
 }
 
 # write_dyad_config DIR: the configuration file of either handler.
@@ -215,11 +278,11 @@ cri_ready() {
     "$1/bin/crictl" --config "$1/etc/crictl.yaml" --timeout 2s info >/dev/null 2>&1
 }
 
-# await WHAT DIR DAEMON COMMAND...: until the command succeeds; fails at once when the daemon died.
+# await WHAT DIR DAEMON COMMAND...: until the command succeeds, two minutes at most; fails at once when the daemon died.
 await() {
-    local what=$1 dir=$2 daemon=$3 i
+    local what=$1 dir=$2 daemon=$3 end=$((SECONDS + 120))
     shift 3
-    for ((i = 0; i < 600; i++)); do
+    while [ "$SECONDS" -lt "$end" ]; do
         if "$@"; then return 0; fi
         daemon_pid "$dir" "$daemon" >/dev/null || break
         sleep 0.1

@@ -64,19 +64,21 @@ start_libvirtd() {
 }
 
 start_libvirtd_here() {
-    local dir=$1 name folder
+    local dir=$1 name
     if ! daemon_pid "$dir" libvirtd >/dev/null; then
         # A bind mount needs something to be mounted on. `down` takes away what was made here.
-        for name in "${DYAD_LIBVIRT_FOLDERS[@]}"; do
-            folder=$(host_folder "$name")
-            if [ ! -d "$folder" ]; then
-                mkdir "$folder"
-                printf '%s\n' "$folder" >>"$DYAD_CACHE/made-folders"
-            fi
-        done
+        for name in "${DYAD_LIBVIRT_FOLDERS[@]}"; do make_mount_point "$(host_folder "$name")"; done
         start_daemon "$dir" libvirtd unshare --mount --propagation slave bash "$DYAD_REPO/hack/lib/libvirtd-in-namespace" "$dir"
     fi
     await libvirtd "$dir" libvirtd libvirt_ready "$dir"
+}
+
+# make_mount_point FOLDER: an empty folder on the host where it has none; remembered for `remove_made_folders`.
+make_mount_point() {
+    if [ ! -d "$1" ]; then
+        mkdir "$1"
+        printf '%s\n' "$1" >>"$DYAD_CACHE/made-folders"
+    fi
 }
 
 libvirt_ready() {

@@ -18,8 +18,8 @@ is_zombie() {
     [ "${stat%% *}" = Z ]
 }
 
-# start_daemon DIR NAME COMMAND...: runs the command in a session of its own below a reaping subreaper, its output
-# in DIR/log/NAME.log, its pid in DIR/pid/NAME. What the daemon leaves behind (shims, QEMU) becomes the subreaper's
+# start_daemon DIR NAME COMMAND...: runs the command in a session of its own below a reaping subreaper, in the
+# environment's network, its output in DIR/log/NAME.log, its pid in DIR/pid/NAME. What the daemon leaves behind (shims, QEMU) becomes the subreaper's
 # child: libvirt and the shims see an exit at once, also where the host's PID 1 reaps late.
 start_daemon() {
     local dir=$1 name=$2 reaper pid='' enter=()
@@ -27,6 +27,7 @@ start_daemon() {
     if [ "$name" != node ] && is_node "$dir"; then
         enter=(nsenter --target "$(daemon_pid "$dir" node)" --mount --net --uts --)
     fi
+    if has_own_network "$dir"; then enter=(nsenter --net="$dir/netns" --); fi
     DYAD_ENVIRONMENT=$dir setsid tini -s -- "${enter[@]}" "$@" >>"$dir/log/$name.log" 2>&1 </dev/null &
     reaper=$!
     for _ in $(seq 100); do

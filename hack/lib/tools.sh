@@ -13,6 +13,7 @@ tool_packages() {
     kubernetes) printf 'k8s.io/kubernetes/cmd/%s\n' kube-apiserver kube-controller-manager kube-scheduler kubelet kubectl ;;
     # go names it after the folder above the version: server.
     etcd) printf 'go.etcd.io/etcd/server/v3\n' ;;
+    metrics-server) printf 'sigs.k8s.io/metrics-server/cmd/metrics-server\n' ;;
     *) die "no such tool module: $1" ;;
     esac
 }
@@ -26,7 +27,7 @@ tool_flags() {
     containerd-2.1) printf '%s\n' -ldflags='-X github.com/containerd/containerd/v2/version.Version=2.1.5' ;;
     containerd-1.7) printf '%s\n' -ldflags='-X github.com/containerd/containerd/version.Version=1.7.29' ;;
     kubernetes) printf '%s\n' -ldflags='-s -w -X k8s.io/component-base/version.gitVersion=v1.36.0' ;;
-    etcd) printf '%s\n' -ldflags='-s -w' ;;
+    etcd | metrics-server) printf '%s\n' -ldflags='-s -w' ;;
     esac
 }
 
@@ -52,7 +53,7 @@ build_go_tool() {
     mapfile -t packages < <(tool_packages "$module")
     mkdir -p "$folder"
     # Static where the host's C library is not needed.
-    case $module in kubernetes | etcd) export CGO_ENABLED=0 ;; esac
+    case $module in kubernetes | etcd | metrics-server) export CGO_ENABLED=0 ;; esac
     (cd "$DYAD_REPO/hack/tools/$module" &&
         nice -n 10 go build -trimpath "${flags[@]}" -o "$folder/" "${packages[@]}" >&2)
     touch "$folder/.complete"

@@ -114,6 +114,10 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// Memory of a pod that sets no memory limit.
     pub memory_mib: u64,
+    /// vCPUs that a running machine can grow to; 0: the host's CPUs, at most 16.
+    pub max_vcpus: u32,
+    /// Memory that a running machine can grow to; 0: the host's.
+    pub max_memory_mib: u64,
     /// Virtual size of the pod's sparse writable disk.
     pub disk_gib: u64,
     /// How long a machine may take from power-on to its agent's first answer.
@@ -131,6 +135,8 @@ impl Default for MachineConfig {
             channel: Channel::default(),
             vcpus: 1,
             memory_mib: 256,
+            max_vcpus: 0,
+            max_memory_mib: 0,
             disk_gib: 10,
             boot_timeout_s: 60,
         }

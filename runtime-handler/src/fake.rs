@@ -16,8 +16,11 @@ use tokio::sync::{oneshot, watch};
 
 use crate::config::Kind;
 use crate::error::{Error, Result};
-use crate::handler::{ContainerRef, Event, EventSender, Exit, Instance, ProcessId, RuntimeHandler};
-use crate::spec::{ContainerSpec, ExecSpec, Resources, Stdio};
+use crate::handler::{
+    ContainerRef, Event, EventSender, Exit, Instance, ProcessId, Reboot, RuntimeHandler,
+};
+use crate::migration::{Arrival, Hurry, Migration, MigrationParameters, MigrationProgress, Sent};
+use crate::spec::{ContainerSpec, ExecSpec, Resources, Role, Stdio};
 use crate::stats::{CpuStats, Hierarchy, MemoryStats, PidsStats, Stats};
 
 /// What one call shall do.
@@ -45,12 +48,14 @@ pub struct Fake {
 struct Script {
     replies: HashMap<&'static str, VecDeque<Reply>>,
     instances: BTreeMap<String, Arc<FakeInstance>>,
+    brings: Vec<u8>,
 }
 
 /// One scripted container.
 #[derive(Debug)]
 pub struct FakeInstance {
     id: String,
+    role: Role,
     fake: Arc<Fake>,
     /// Live processes, `None`: init.
     running: Mutex<BTreeMap<Option<String>, u32>>,
@@ -105,6 +110,11 @@ impl Fake {
             .get(&process.container)
             .cloned();
         instance.is_some_and(|instance| instance.end(process.exec.as_deref(), status))
+    }
+
+    /// What the next `receive` brings as the pod's state.
+    pub fn brings(&self, pod: Vec<u8>) {
+        lock(&self.script).brings = pod;
     }
 
     /// Sends any event.
@@ -181,6 +191,7 @@ impl RuntimeHandler for Arc<Fake> {
         self.call("create", &spec.id).await?;
         let instance = Arc::new(FakeInstance {
             id: spec.id.clone(),
+            role: spec.role,
             fake: Arc::clone(self),
             running: Mutex::default(),
             execs: Mutex::default(),
@@ -198,6 +209,50 @@ impl RuntimeHandler for Arc<Fake> {
         self.call("cleanup", &container.id).await?;
         lock(&self.script).instances.remove(&container.id);
         Ok(())
+    }
+
+    fn migration(&self) -> Result<&dyn Migration> {
+        Ok(&**self)
+    }
+}
+
+/// `send` comes to [`Sent::Moved`] where it succeeds; `receive` brings every container
+/// that is there, with the pod's state that [`Fake::brings`] named.
+#[async_trait]
+impl Migration for Fake {
+    async fn check(&self, parameters: &MigrationParameters) -> Result<()> {
+        self.call("check", &parameters.destination).await
+    }
+
+    async fn send(
+        &self,
+        parameters: &MigrationParameters,
+        _pod: Vec<u8>,
+        _progress: watch::Sender<MigrationProgress>,
+    ) -> Result<Sent> {
+        self.call("send", &parameters.destination).await?;
+        Ok(Sent::Moved)
+    }
+
+    async fn cancel(&self) -> Result<()> {
+        self.call("cancel", "").await
+    }
+
+    async fn hurry(&self, how: Hurry) -> Result<()> {
+        self.call("hurry", format!("{how:?}")).await
+    }
+
+    async fn receive(&self) -> Result<Arrival> {
+        self.call("receive", "").await?;
+        let script = lock(&self.script);
+        Ok(Arrival {
+            pod: script.brings.clone(),
+            processes: script
+                .instances
+                .values()
+                .map(|instance| (instance.process(None), instance.pid))
+                .collect(),
+        })
     }
 }
 
@@ -232,6 +287,10 @@ impl Instance for FakeInstance {
         self.fake.call("stop", &self.id).await?;
         self.end(None, 128 + libc::SIGTERM as u32);
         Ok(())
+    }
+
+    fn reboot(&self) -> Option<&dyn Reboot> {
+        (self.fake.kind == Kind::Machine && self.role == Role::Sandbox).then_some(self)
     }
 
     async fn pause(&self) -> Result<()> {
@@ -318,6 +377,25 @@ impl Instance for FakeInstance {
     }
 }
 
+#[async_trait]
+impl Reboot for FakeInstance {
+    async fn reboot(&self, force: bool, _grace: Duration) -> Result<u32> {
+        let force = if force { " force" } else { "" };
+        self.fake
+            .call("reboot", format!("{}{force}", self.id))
+            .await?;
+        let all: Vec<Arc<Self>> = lock(&self.fake.script)
+            .instances
+            .values()
+            .cloned()
+            .collect();
+        for other in all.iter().filter(|other| other.id != self.id) {
+            other.end(None, 128 + libc::SIGKILL as u32);
+        }
+        Ok(self.pid)
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -329,7 +407,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::spec::{PodInfo, Role};
+    use crate::spec::PodInfo;
 
     fn spec(id: &str) -> ContainerSpec {
         ContainerSpec {

@@ -226,6 +226,12 @@ pub trait Instance: Send + Sync {
     /// It could not be ended.
     async fn stop(&self, grace: Duration) -> Result<()>;
 
+    /// How it restarts without an end of its own; `None`: by [`Instance::stop`] and
+    /// [`Instance::start`].
+    fn reboot(&self) -> Option<&dyn Reboot> {
+        None
+    }
+
     /// Freezes it (cgroup freezer; machine: vCPUs).
     ///
     /// # Errors
@@ -293,4 +299,17 @@ pub trait Instance: Send + Sync {
     /// # Errors
     /// What could not be removed.
     async fn delete(&self) -> Result<()>;
+}
+
+/// A machine that boots anew inside the same virtual hardware.
+#[async_trait]
+pub trait Reboot: Send + Sync {
+    /// Ends all that runs in it (SIGTERM, `grace`, SIGKILL; with `force`: resets it at
+    /// once) and boots it again; returns its host pid when its guest serves. What ran in it
+    /// is told as [`Event::Exited`]; its own init process is not, unless it does not come
+    /// up again: then it is powered off.
+    ///
+    /// # Errors
+    /// It could not be told to reboot, and runs on; or it did not come up, and is off.
+    async fn reboot(&self, force: bool, grace: Duration) -> Result<u32>;
 }

@@ -13,11 +13,11 @@ use log::{info, warn};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use ttrpc::r#async::Server;
-use ttrpc::r#async::transport::Listener;
 
 use crate::backend::{Backend, BackendContext};
 use crate::bootstrap::launch::Launch;
 use crate::events::{Destination, Publisher};
+use crate::peers::Peers;
 use crate::sandbox::record::{self, Found, write_atomically};
 use crate::sandbox::{Driver, Pod, Sandbox};
 use crate::{logger, rpc};
@@ -99,7 +99,8 @@ async fn run(launch: Launch, listener: UnixListener, backend: Backend) -> Result
 
     let listener = tokio::net::UnixListener::from_std(listener)
         .context(|| "watch the server's socket".into())?;
-    let listener = Listener::from(listener);
+    let peers = Peers::new();
+    let listener = peers.listener(listener);
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(rpc::services(&sandbox, &handler));
@@ -115,13 +116,11 @@ async fn run(launch: Launch, listener: UnixListener, backend: Backend) -> Result
         _ = terminate.recv() => warn!("ended by SIGTERM"),
         _ = interrupt.recv() => warn!("ended by SIGINT"),
     }
-    // The answer to Shutdown is on its way through the connection's writer.
-    for _ in 0..16 {
-        tokio::task::yield_now().await;
-    }
     let _ = std::fs::remove_file(&launch.socket);
-    let _ = std::fs::remove_dir_all(launch.pod_dir());
+    launch.remove_pod_dir();
     publisher.flush(FLUSH_MAX).await;
+    // The answer to Shutdown is on its way.
+    peers.gone(FLUSH_MAX).await;
     let _ = tokio::time::timeout(FLUSH_MAX, server.shutdown()).await;
     Ok(())
 }

@@ -10,14 +10,21 @@ use oci_spec::runtime::Spec;
 use serde::Deserialize;
 
 use crate::config::Config;
+use crate::sandbox::record::write_atomically;
 
-/// CRI's annotations on every container (containerd: internal/cri/annotations).
-const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+/// CRI's annotations on every container (containerd: internal/cri/annotations): what it is.
+pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
-const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
-const SANDBOX_NAME: &str = "io.kubernetes.cri.sandbox-name";
-const SANDBOX_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
-const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
+/// Its pod's sandbox.
+pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+/// Its pod's name.
+pub const SANDBOX_NAME: &str = "io.kubernetes.cri.sandbox-name";
+/// Its pod's namespace.
+pub const SANDBOX_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
+/// Its pod's uid.
+pub const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
+/// With `cpu-period`, `cpu-quota`, `cpu-shares` or `memory`: the pod's size, on its sandbox.
+pub const SIZE_PREFIX: &str = "io.kubernetes.cri.sandbox-";
 
 /// What a container is and whose.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +70,16 @@ pub fn read(bundle: &Path) -> Result<Spec> {
     let text = std::fs::read(&path).context(|| format!("read {}", path.display()))?;
     serde_json::from_slice(&text)
         .map_err(|error| Error::InvalidArgument(format!("{}: {error}", path.display())))
+}
+
+/// Replaces the spec of a bundle.
+///
+/// # Errors
+/// It cannot be written; the old one stays whole.
+pub fn write(bundle: &Path, spec: &Spec) -> Result<()> {
+    let path = bundle.join("config.json");
+    let text = serde_json::to_vec(spec).context(|| format!("encode {}", path.display()))?;
+    write_atomically(&path, &text)
 }
 
 impl Identity {

@@ -22,7 +22,7 @@ use crate::oom::Events;
 use crate::rootfs::Images;
 use crate::sandbox::SandboxService;
 use crate::task::{Containers, TaskService};
-use crate::{boot, logger, modules, power, uevent};
+use crate::{boot, button, logger, modules, power, uevent};
 
 /// How long the host's channel may take to appear.
 const CHANNEL_WITHIN: Duration = Duration::from_secs(30);
@@ -101,6 +101,7 @@ async fn serve(cmdline: &Cmdline) -> Result<()> {
         Arc::clone(&agent),
         boot_id.clone(),
     ))));
+    button::watch(Arc::clone(&agent));
     let link = Link::new(services, boot_id);
     let link = agent.link.get_or_init(|| link);
     match cmdline.channel {

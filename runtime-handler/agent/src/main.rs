@@ -12,6 +12,7 @@
 //! ends as soon as the container's init waits to be started.
 
 mod boot;
+mod button;
 mod cgroup;
 mod cmdline;
 mod disk;

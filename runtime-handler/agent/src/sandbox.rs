@@ -170,11 +170,11 @@ async fn put_files(agent: &Agent, request: PutFilesRequest) -> Result<()> {
 
 async fn resources(wanted: u32) -> Result<ResourcesResponse> {
     let cpus = Path::new("/sys/devices/system/cpu");
-    let mut online = bring_online(cpus, wanted)?;
+    let mut online = set_online(cpus, wanted)?;
     if online < wanted {
         let what = format!("vCPU {wanted}");
         online = uevent::wait_for(&what, CPU_WITHIN, || {
-            let online = bring_online(cpus, wanted)?;
+            let online = set_online(cpus, wanted)?;
             Ok((online >= wanted).then_some(online))
         })
         .await?;
@@ -187,10 +187,11 @@ async fn resources(wanted: u32) -> Result<ResourcesResponse> {
     })
 }
 
-/// Brings CPUs online until `wanted` are (0: none), and counts those that are.
-fn bring_online(cpus: &Path, wanted: u32) -> Result<u32> {
+/// Brings CPUs online, or takes the last ones offline, until `wanted` are (0: leaves them as
+/// they are), and counts those that are.
+fn set_online(cpus: &Path, wanted: u32) -> Result<u32> {
     let mut online = 0;
-    let mut offline = Vec::new();
+    let (mut running, mut resting) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(cpus).context(|| "list the vCPUs".into())? {
         let entry = entry.context(|| "list the vCPUs".into())?;
         let name = entry.file_name();
@@ -198,19 +199,36 @@ fn bring_online(cpus: &Path, wanted: u32) -> Result<u32> {
         let Some(number) = number.and_then(|number| number.parse::<u32>().ok()) else {
             continue;
         };
-        // The boot CPU has no such file: it is always online.
-        match fs::read_to_string(entry.path().join("online")) {
-            Ok(text) if text.trim() == "0" => offline.push((number, entry.path())),
-            _ => online += 1,
+        let switch = entry.path().join("online");
+        match fs::read_to_string(&switch) {
+            Ok(text) if text.trim() == "0" => resting.push((number, switch)),
+            Ok(_) => {
+                online += 1;
+                running.push((number, switch));
+            }
+            // The boot CPU has no such file: it is always online.
+            Err(_) => online += 1,
         }
     }
-    offline.sort();
-    for (number, path) in offline {
-        if online >= wanted {
-            break;
-        }
-        fs::write(path.join("online"), "1").context(|| format!("bring vCPU {number} online"))?;
+    resting.sort();
+    running.sort();
+    if wanted == 0 {
+        return Ok(online);
+    }
+    let turn = |number: u32, switch: &Path, to: &str| {
+        fs::write(switch, to).context(|| format!("turn vCPU {number} to online={to}"))
+    };
+    for (number, switch) in resting
+        .into_iter()
+        .take(wanted.saturating_sub(online) as usize)
+    {
+        turn(number, &switch, "1")?;
         online += 1;
+    }
+    let surplus = online.saturating_sub(wanted) as usize;
+    for (number, switch) in running.into_iter().rev().take(surplus) {
+        turn(number, &switch, "0")?;
+        online -= 1;
     }
     Ok(online)
 }
@@ -373,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn vcpus_come_online_in_order_and_the_first_always_is() {
+    fn vcpus_come_online_in_order_and_go_in_reverse_but_for_the_first() {
         let cpus = tempfile::tempdir().unwrap();
         for name in ["cpu0", "cpufreq", "cpu1", "cpu2", "possible"] {
             fs::create_dir(cpus.path().join(name)).unwrap();
@@ -381,10 +399,15 @@ mod tests {
         let online = |cpu: &str| cpus.path().join(cpu).join("online");
         fs::write(online("cpu1"), "0\n").unwrap();
         fs::write(online("cpu2"), "0\n").unwrap();
-        assert_eq!(bring_online(cpus.path(), 0).unwrap(), 1);
-        assert_eq!(bring_online(cpus.path(), 2).unwrap(), 2);
+        assert_eq!(set_online(cpus.path(), 0).unwrap(), 1);
+        assert_eq!(set_online(cpus.path(), 2).unwrap(), 2);
         assert_eq!(fs::read_to_string(online("cpu1")).unwrap(), "1");
         assert_eq!(fs::read_to_string(online("cpu2")).unwrap(), "0\n");
-        assert_eq!(bring_online(cpus.path(), 5).unwrap(), 3);
+        assert_eq!(set_online(cpus.path(), 5).unwrap(), 3);
+        // The last come first, and the boot CPU stays.
+        assert_eq!(set_online(cpus.path(), 2).unwrap(), 2);
+        assert_eq!(fs::read_to_string(online("cpu2")).unwrap(), "0");
+        assert_eq!(set_online(cpus.path(), 1).unwrap(), 1);
+        assert_eq!(set_online(cpus.path(), 0).unwrap(), 1);
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use async_trait::async_trait;
 use dyad_runtime_handler::cgroup::{Cgroup, Hierarchies, is_systemd};
 use dyad_runtime_handler::config::{ContainerConfig, Kind};
-use dyad_runtime_handler::error::{Error, Result};
+use dyad_runtime_handler::error::{Context as _, Error, Result};
 use dyad_runtime_handler::handler::{ContainerRef, EventSender, Instance, RuntimeHandler};
 use dyad_runtime_handler::migration::{Migration, source_of};
 use dyad_runtime_handler::reaper::Reaper;
@@ -18,7 +18,8 @@ use tokio::sync::OnceCell;
 use crate::choose::{Need, checkpoints, choose};
 use crate::command::Command;
 use crate::container::Container;
-use crate::left::Left;
+use crate::hold::{self, Holder};
+use crate::left::{self, Left};
 use crate::migration::{self, Criu, Job};
 use crate::rootfs;
 use crate::runtime::{Input, Runtime};
@@ -144,6 +145,14 @@ impl RuntimeHandler for Containers {
         if is_sandbox {
             self.meet(&spec);
         }
+        if is_sandbox && spec.oci.process().is_none() {
+            let state = root.join(&spec.id);
+            let hierarchies = self.hierarchies()?;
+            let holder = Holder::create(&spec, hierarchies, &self.reaper, &self.events, state);
+            let holder: Arc<dyn Instance> = Arc::new(holder.await?);
+            self.note_sandbox(&spec.id, &holder);
+            return Ok(holder);
+        }
         let runtime = self.runtime(root, spec.oci.version()).await?;
         let hierarchies = Arc::clone(self.hierarchies()?);
         let incoming = !is_sandbox && self.awaits_source();
@@ -180,7 +189,8 @@ impl RuntimeHandler for Containers {
                 .into_iter()
                 .filter(|id| *id != container.id)
             {
-                let bundle = bundles.join(&id);
+                // A pod without a pause container lies elsewhere; the OCI runtime knows.
+                let bundle = left::bundle(&root.join(&id)).unwrap_or_else(|| bundles.join(&id));
                 cleaned = cleaned.and(self.clean(&root, &id, &bundle).await);
             }
         }
@@ -244,6 +254,13 @@ impl Containers {
 
     async fn clean_processes(&self, root: &Path, id: &str, bundle: &Path) -> Result<()> {
         let state = root.join(id);
+        if let Some(cgroup) = hold::cgroup_left(&state) {
+            // The holder itself ended with its shim.
+            if let Some(cgroup) = cgroup {
+                cgroup.remove().await?;
+            }
+            return fs::remove_dir_all(&state).context(|| format!("remove {}", state.display()));
+        }
         let left = Left::read(&state, bundle);
         let cgroup = match left.cgroup_dirs.and_then(Cgroup::of_dirs) {
             Some(cgroup) => Some(cgroup),

@@ -37,6 +37,14 @@ struct Linux {
 #[derive(Default, Deserialize)]
 struct RuncState {
     cgroup_paths: Option<BTreeMap<String, PathBuf>>,
+    #[serde(default)]
+    config: RuncConfig,
+}
+
+#[derive(Default, Deserialize)]
+struct RuncConfig {
+    /// `name=value`.
+    labels: Option<Vec<String>>,
 }
 
 /// crun's `status`.
@@ -44,6 +52,18 @@ struct RuncState {
 struct CrunStatus {
     #[serde(rename = "cgroup-path")]
     cgroup_path: Option<String>,
+    bundle: Option<PathBuf>,
+}
+
+/// The bundle of the container whose state the OCI runtime keeps in `state`.
+pub(crate) fn bundle(state: &Path) -> Option<PathBuf> {
+    let runc: RuncState = read(&state.join("state.json"));
+    let crun: CrunStatus = read(&state.join("status"));
+    let labels = runc.config.labels.unwrap_or_default();
+    labels
+        .iter()
+        .find_map(|label| label.strip_prefix("bundle=").map(PathBuf::from))
+        .or(crun.bundle)
 }
 
 impl Left {
@@ -82,6 +102,17 @@ mod tests {
         fs::write(bundle.join("config.json"), "{\"ociVersion\":").unwrap();
         fs::write(state.join("state.json"), "[]").unwrap();
         assert_eq!(Left::read(&state, &bundle), Left::default());
+    }
+
+    #[test]
+    fn the_runtimes_know_the_bundle() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(bundle(dir.path()), None);
+        std::fs::write(dir.path().join("status"), r#"{"bundle":"/by/crun"}"#).unwrap();
+        assert_eq!(bundle(dir.path()), Some("/by/crun".into()));
+        let text = r#"{"config":{"labels":["a=b","bundle=/by/runc"]}}"#;
+        std::fs::write(dir.path().join("state.json"), text).unwrap();
+        assert_eq!(bundle(dir.path()), Some("/by/runc".into()));
     }
 
     #[test]

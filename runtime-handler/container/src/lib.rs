@@ -9,6 +9,8 @@
 //!    migration: checkpoint, copy and restore on another node
 //! ```
 //!
+//! A pod without a pause container is held by a process of our own ([`hold`]).
+//!
 //! Whatever the kernel does as well without the OCI runtime's process being started
 //! for it (signals, pids, stats, OOM events), is done directly.
 
@@ -18,6 +20,7 @@ mod console;
 mod container;
 mod facts;
 mod handler;
+pub mod hold;
 mod idmap;
 mod left;
 mod migration;

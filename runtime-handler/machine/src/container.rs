@@ -12,7 +12,7 @@ use dyad_runtime_handler::handler::{Instance, ProcessId};
 use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, Stdio};
 use dyad_runtime_handler::stats::Stats;
 use log::{debug, warn};
-use oci_spec::runtime::{Mount, Spec};
+use oci_spec::runtime::{LinuxResources, Mount, Spec};
 use tokio::task::JoinHandle;
 
 use crate::guest::Agent;
@@ -64,6 +64,8 @@ struct Made {
 
 struct State {
     phase: Phase,
+    /// Updates of its limits, which its spec does not have.
+    updates: Vec<LinuxResources>,
     sync: Option<JoinHandle<()>>,
     made: Arc<Made>,
     /// Its stdio until it arrives.
@@ -113,6 +115,7 @@ impl Container {
     /// `InvalidArgument` naming what a machine cannot honour; what the host's tools,
     /// libvirt or the agent refused. Nothing stays but what is kept for the image.
     pub async fn create(machine: Arc<Machine>, spec: ContainerSpec) -> Result<Arc<Self>> {
+        let name = name_of(&spec);
         let mut guest = crate::spec::container(spec.oci)?;
         let mounts = guest.oci.mounts().clone().unwrap_or_default();
         // What a machine cannot honour is refused before anything is made.
@@ -143,6 +146,9 @@ impl Container {
             image.key.clone()
         } else {
             machine.ready().await?;
+            let linux = parts.oci.linux().as_ref();
+            let resources = linux.and_then(|linux| linux.resources().as_ref());
+            machine.admit(&name, resources).await?;
             machine.plug(&image).await?
         };
         let made = Arc::new(parts.make(&spec.id, &serial)?);
@@ -150,12 +156,13 @@ impl Container {
         let container = Arc::new(Self {
             machine,
             id: spec.id,
-            name: spec.name,
+            name,
             image: image.file,
             parts,
             state: Mutex::new(State {
                 phase: Phase::Created,
                 sync: None,
+                updates: Vec::new(),
                 made: Arc::clone(&made),
                 waiting: if waits { stdio.take() } else { None },
             }),
@@ -227,6 +234,10 @@ impl Container {
         agent.create(&made.guest_id, stdio, options).await?;
         self.machine.started(process.clone());
         self.watch_end(agent.clone(), process);
+        let updates = self.lock().updates.clone();
+        for update in updates {
+            agent.update(&made.guest_id, &update).await?;
+        }
         self.keep_in_sync(agent);
         Ok(())
     }
@@ -472,9 +483,38 @@ impl Instance for ContainerInstance {
         self.0.machine.agent().stats(&self.0.guest_id()).await
     }
 
+    /// A container that grows needs the machine to have grown, and one that shrinks lets it
+    /// shrink.
     async fn update(&self, resources: &Resources) -> Result<()> {
-        let agent = self.0.machine.agent();
-        agent.update(&self.0.guest_id(), &resources.linux).await
+        let Container {
+            machine, id, name, ..
+        } = &*self.0;
+        if machine.is_suspended() {
+            return Err(Error::FailedPrecondition(format!(
+                "cannot update container {id}: its machine is paused; resume it first"
+            )));
+        }
+        let agent = machine.agent();
+        let guest_id = self.0.guest_id();
+        let grows = machine.grows_by(name, &resources.linux).await?;
+        if grows {
+            machine.resize(name, &resources.linux).await?;
+            agent.update(&guest_id, &resources.linux).await?;
+        } else {
+            agent.update(&guest_id, &resources.linux).await?;
+            if let Err(error) = machine.resize(name, &resources.linux).await {
+                let before = machine.limits(name).await.to_resources();
+                if let Err(error) = agent.update(&guest_id, &before).await {
+                    warn!("limits of {id} as before: {}", error.chain());
+                }
+                return Err(error);
+            }
+        }
+        let updates = &mut self.0.lock().updates;
+        // An update that was made again counts where it was made last.
+        updates.retain(|earlier| *earlier != resources.linux);
+        updates.push(resources.linux.clone());
+        Ok(())
     }
 
     async fn delete(&self) -> Result<()> {
@@ -505,6 +545,13 @@ impl Instance for ContainerInstance {
         }
         Ok(())
     }
+}
+
+/// CRI's name of the container, which outlives its id.
+fn name_of(spec: &ContainerSpec) -> String {
+    let annotations = spec.oci.annotations().as_ref();
+    let name = annotations.and_then(|all| all.get("io.kubernetes.cri.container-name"));
+    name.unwrap_or(&spec.id).clone()
 }
 
 async fn blocking<T: Send + 'static>(

@@ -5,7 +5,8 @@
 //! costs boot time):
 //!   02 virtio-serial  -> agent channel        05 rng
 //!   03 virtio-scsi    -> images, hot-plugged  06 balloon
-//!   04 virtio-blk     -> the pod's disk       08.. interfaces, 1e vsock
+//!   04 virtio-blk     -> the pod's disk       07 virtio-mem
+//!   08.. interfaces, 1e vsock
 //! ```
 //!
 //! Every file and socket the machine uses is named here, so that libvirt labels it
@@ -17,6 +18,8 @@ use std::path::{Path, PathBuf};
 use quick_xml::Writer;
 use quick_xml::events::BytesText;
 use uuid::Uuid;
+
+use crate::resize::{BLOCK_MIB, Reached, pluggable_mib};
 
 /// The XML namespace of our metadata element.
 pub const METADATA_NAMESPACE: &str = "https://dyad.dev/machine/1";
@@ -35,7 +38,7 @@ pub enum Accelerator {
 }
 
 /// How big the machine is, and may become.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Size {
     /// vCPUs at power-on.
     pub vcpus: u32,
@@ -97,6 +100,8 @@ pub struct DomainPlan {
     pub accelerator: Accelerator,
     /// vCPUs and memory.
     pub size: Size,
+    /// What of it is there at power-on.
+    pub reached: Reached,
     /// PVH ELF.
     pub kernel: PathBuf,
     /// Has the agent as `/init`.
@@ -113,6 +118,8 @@ pub struct DomainPlan {
     pub console_socket: PathBuf,
     /// Keeps what the serial console said.
     pub console_log: PathBuf,
+    /// Images that were plugged in, by their units.
+    pub images: Vec<ImageDisk>,
 }
 
 /// A read-only image that is plugged into a running machine.
@@ -135,12 +142,17 @@ pub fn domain_name(uuid: Uuid) -> String {
 impl DomainPlan {
     /// The guest kernel's command line. `quiet` and `loglevel=1` keep the emulated serial
     /// port, slow as it is, out of the boot's way; a panic still prints.
-    /// `cryptomgr.notests` saves a third of a second under TCG.
+    /// `cryptomgr.notests` saves a third of a second under TCG. Hot-plugged memory is
+    /// movable where the kernel's own share allows, so that it can be given back. Memory that
+    /// may come above 4 GiB would cost 64 MiB of bounce buffers, which virtio does not need.
     pub fn cmdline(&self) -> String {
-        let mut line = "console=ttyS0 quiet loglevel=1 cryptomgr.notests random.trust_cpu=on \
+        let mut line = format!(
+            "console=ttyS0 quiet loglevel=1 cryptomgr.notests random.trust_cpu=on \
             tsc=reliable no_timer_check i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd \
-            panic=-1 memhp_default_state=online"
-            .to_owned();
+            panic=-1 memhp_default_state=online memory_hotplug.online_policy=auto-movable \
+            swiotlb=noforce maxcpus={}",
+            self.reached.vcpus
+        );
         let extra = self.kernel_params.trim();
         if !extra.is_empty() {
             line.push(' ');
@@ -195,19 +207,18 @@ impl DomainPlan {
         })
     }
 
-    /// A NUMA cell and `maxMemory` are what virtio-mem and vCPU hot-plug need later.
+    /// A NUMA cell and `maxMemory` are what virtio-mem needs.
     fn write_size(&self, w: &mut Xml) -> io::Result<()> {
         let size = &self.size;
         let slots = [("slots", "16"), ("unit", "MiB")];
         text(w, "maxMemory", &slots, &size.max_memory_mib.to_string())?;
-        text(
-            w,
-            "memory",
-            &[("unit", "MiB")],
-            &size.memory_mib.to_string(),
-        )?;
-        let current = size.vcpus.to_string();
-        let vcpu = [("placement", "static"), ("current", current.as_str())];
+        let unit = [("unit", "MiB")];
+        let all = size.memory_mib + pluggable_mib(size);
+        text(w, "memory", &unit, &all.to_string())?;
+        let left = self.reached.memory_mib().to_string();
+        text(w, "currentMemory", &unit, &left)?;
+        // All that it can grow to: those beyond its size the guest never brings online.
+        let vcpu = [("placement", "static")];
         text(w, "vcpu", &vcpu, &size.max_vcpus.to_string())
     }
 
@@ -288,7 +299,22 @@ impl DomainPlan {
         })?;
         let balloon = [("model", "virtio"), ("freePageReporting", "on")];
         element(w, "memballoon", &balloon, |w| slot(w, 0x06))?;
+        for image in &self.images {
+            image.write(w)?;
+        }
+        if let Some(memory) = self.plugged_memory() {
+            memory.write(w)?;
+        }
         empty(w, "panic", &[("model", "isa")])
+    }
+
+    /// The device that adds memory; `None`: there is none to add.
+    pub fn plugged_memory(&self) -> Option<PluggedMemory> {
+        let size_mib = pluggable_mib(&self.size);
+        (size_mib > 0).then_some(PluggedMemory {
+            size_mib,
+            requested_mib: self.reached.plugged_mib,
+        })
     }
 
     fn write_channel(&self, w: &mut Xml) -> io::Result<()> {
@@ -323,28 +349,63 @@ impl ImageDisk {
     /// shared between machines, so its owner and mode are ours, not libvirt's to change;
     /// sVirt still labels it as shared, read-only content.
     pub fn to_xml(&self) -> String {
-        render(|w| {
-            element(w, "disk", &[("type", "file"), ("device", "disk")], |w| {
-                empty(w, "driver", &[("name", "qemu"), ("type", "raw")])?;
-                let path = self.file.to_string_lossy();
-                element(w, "source", &[("file", path.as_ref())], |w| {
-                    empty(w, "seclabel", &[("model", "dac"), ("relabel", "no")])
-                })?;
-                let target = scsi_name(self.unit);
-                empty(w, "target", &[("dev", target.as_str()), ("bus", "scsi")])?;
-                empty(w, "readonly", &[])?;
-                empty(w, "shareable", &[])?;
-                text(w, "serial", &[], &self.serial)?;
-                let unit = self.unit.to_string();
-                let address = [
-                    ("type", "drive"),
-                    ("controller", "0"),
-                    ("bus", "0"),
-                    ("target", "0"),
-                    ("unit", unit.as_str()),
-                ];
-                empty(w, "address", &address)
-            })
+        render(|w| self.write(w))
+    }
+
+    fn write(&self, w: &mut Xml) -> io::Result<()> {
+        element(w, "disk", &[("type", "file"), ("device", "disk")], |w| {
+            empty(w, "driver", &[("name", "qemu"), ("type", "raw")])?;
+            let path = self.file.to_string_lossy();
+            element(w, "source", &[("file", path.as_ref())], |w| {
+                empty(w, "seclabel", &[("model", "dac"), ("relabel", "no")])
+            })?;
+            let target = scsi_name(self.unit);
+            empty(w, "target", &[("dev", target.as_str()), ("bus", "scsi")])?;
+            empty(w, "readonly", &[])?;
+            empty(w, "shareable", &[])?;
+            text(w, "serial", &[], &self.serial)?;
+            let unit = self.unit.to_string();
+            let address = [
+                ("type", "drive"),
+                ("controller", "0"),
+                ("bus", "0"),
+                ("target", "0"),
+                ("unit", unit.as_str()),
+            ];
+            empty(w, "address", &address)
+        })
+    }
+}
+
+/// The virtio-mem device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PluggedMemory {
+    /// As much as it can add.
+    pub size_mib: u64,
+    /// As much as it is to add.
+    pub requested_mib: u64,
+}
+
+impl PluggedMemory {
+    /// The device, as `virDomainUpdateDevice` takes it: found by its alias, all but the
+    /// requested size as it is.
+    pub fn to_xml(&self) -> String {
+        render(|w| self.write(w))
+    }
+
+    fn write(&self, w: &mut Xml) -> io::Result<()> {
+        let mib = [("unit", "MiB")];
+        element(w, "memory", &[("model", "virtio-mem")], |w| {
+            element(w, "target", &[], |w| {
+                text(w, "size", &mib, &self.size_mib.to_string())?;
+                text(w, "node", &[], "0")?;
+                text(w, "block", &mib, &BLOCK_MIB.to_string())?;
+                text(w, "requested", &mib, &self.requested_mib.to_string())
+            })?;
+            // libvirt finds the device to change by the address, and then asks QEMU for the
+            // alias that the change names; `ua-` is the prefix for those of users.
+            empty(w, "alias", &[("name", "ua-memory")])?;
+            slot(w, 0x07)
         })
     }
 }
@@ -433,6 +494,11 @@ mod tests {
                 memory_mib: 256,
                 max_memory_mib: 8192,
             },
+            reached: Reached {
+                vcpus: 1,
+                balloon_mib: 256,
+                plugged_mib: 0,
+            },
             kernel: "/var/lib/dyad/guest/vmlinux".into(),
             initramfs: "/var/lib/dyad/guest/initramfs.zst".into(),
             kernel_params: String::new(),
@@ -450,6 +516,7 @@ mod tests {
             }],
             console_socket: "/run/dyad/m/11112222/console.sock".into(),
             console_log: "/var/lib/dyad/machines/11112222/console.log".into(),
+            images: Vec::new(),
         }
     }
 
@@ -476,6 +543,7 @@ mod tests {
         plan.accelerator = Accelerator::Kvm;
         plan.channel = AgentChannel::Vsock { cid: 4711 };
         plan.size.max_vcpus = 1;
+        plan.size.max_memory_mib = 256;
         plan.nics.push(Nic {
             tap: "dy1111222233x".into(),
             mac: "0a:58:0a:58:01:05".into(),
@@ -493,6 +561,22 @@ mod tests {
             unit: 27,
         };
         golden("image-disk.xml", &disk.to_xml());
+    }
+
+    #[test]
+    fn a_machine_that_was_resized_is_as_in_its_golden_file() {
+        let mut plan = plan();
+        plan.reached = Reached {
+            vcpus: 3,
+            balloon_mib: 256,
+            plugged_mib: 128,
+        };
+        plan.images.push(ImageDisk {
+            file: "/var/lib/dyad/images/5a5a.erofs".into(),
+            serial: "5a5a".into(),
+            unit: 0,
+        });
+        golden("resized.xml", &plan.to_xml());
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! driver --> Machines (handler) --> Sandbox --> Machine --> libvirt, network, storage, cgroup
 //!                               \-> Container -----^  \---> guest (agent client)
 //! ```
-//! Planning is pure and has golden files or tables: [`domain`], [`size`], [`spec`],
+//! Planning is pure and has golden files or tables: [`domain`], [`size`], [`resize`], [`spec`],
 //! [`events`], `network::plan`, `storage::plan`, `volumes::plan`. Only [`libvirt`] knows
 //! `virt`, only `network::apply` netlink, only [`guest`] the agent's messages.
 
@@ -22,6 +22,7 @@ mod machine;
 pub mod migrate;
 pub mod network;
 pub mod record;
+pub mod resize;
 mod sandbox;
 pub mod seccomp;
 pub mod size;

@@ -316,6 +316,59 @@ impl Libvirt {
         .await
     }
 
+    /// Asks the guest's balloon to leave it `mib` of the memory that it booted with.
+    ///
+    /// # Errors
+    /// libvirt or QEMU refused.
+    pub async fn set_balloon(&self, uuid: Uuid, mib: u64) -> Result<(), LibvirtError> {
+        self.on_domain("set the balloon of domain", uuid, move |domain| {
+            domain
+                .set_memory_flags(mib << 10, sys::VIR_DOMAIN_MEM_LIVE)
+                .map(drop)
+        })
+        .await
+    }
+
+    /// Changes a device of the running domain.
+    ///
+    /// # Errors
+    /// libvirt or QEMU refused.
+    pub async fn update(&self, uuid: Uuid, xml: String) -> Result<(), LibvirtError> {
+        self.on_domain("update a device of domain", uuid, move |domain| {
+            domain
+                .update_device_flags(&xml, sys::VIR_DOMAIN_AFFECT_LIVE)
+                .map(drop)
+        })
+        .await
+    }
+
+    /// The running domain's memory: what the balloon leaves, as QEMU tells, in MiB, and its
+    /// definition, with what virtio-mem has plugged.
+    ///
+    /// # Errors
+    /// libvirt cannot be reached.
+    pub async fn memory(&self, uuid: Uuid) -> Result<(u64, String), LibvirtError> {
+        self.on_domain("read the memory of domain", uuid, |domain| {
+            let actual = sys::VIR_DOMAIN_MEMORY_STAT_ACTUAL_BALLOON;
+            let stats = domain.memory_stats(0)?;
+            let balloon = stats.iter().find(|stat| stat.tag == actual);
+            Ok((
+                balloon.map_or(0, |stat| stat.val >> 10),
+                domain.get_xml_desc(0)?,
+            ))
+        })
+        .await
+    }
+
+    /// Resets the machine, as its button would.
+    ///
+    /// # Errors
+    /// libvirt or QEMU refused.
+    pub async fn reset(&self, uuid: Uuid) -> Result<(), LibvirtError> {
+        self.on_domain("reset domain", uuid, |domain| domain.reset().map(drop))
+            .await
+    }
+
     /// The domain's state now; [`Observed::Absent`] where it is not defined.
     ///
     /// # Errors

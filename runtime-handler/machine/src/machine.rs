@@ -10,7 +10,7 @@
 //! `libvirt` owns the domain and is believed: power changes here only when its events say
 //! so. Whatever ends the machine ends every process in it, with the same status.
 //! Rooms: [`prepare`] (before there is one), [`boot`], [`power`], [`processes`],
-//! [`images`] (and the agent), [`leaving`] and [`arriving`] (migration).
+//! [`images`] (and the agent), [`resize`], [`leaving`] and [`arriving`] (migration).
 
 mod arriving;
 mod boot;
@@ -19,6 +19,7 @@ mod leaving;
 mod power;
 mod prepare;
 mod processes;
+mod resize;
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -48,6 +49,7 @@ use crate::migrate::offer::Offer;
 use crate::network::plan::NetworkPlan;
 use crate::network::{apply as network, plan as network_plan};
 use crate::record::{Folder, Record, machine_uuid};
+use crate::resize::{Ledger, Reached};
 use crate::spec::SandboxSpec;
 use crate::storage::apply::{self as storage, QemuUser};
 use crate::{Paths, accelerator, cgroup, host, size};
@@ -102,6 +104,10 @@ pub struct Machine {
     events: EventSender,
     qemu_user: Option<QemuUser>,
     size: Size,
+    /// What its next definition is made from: its size and images change.
+    plan: Mutex<DomainPlan>,
+    /// Its containers' limits, and one change of its size at a time.
+    sizing: tokio::sync::Mutex<Ledger>,
     cpu_shares: Option<u64>,
     accelerator: Accelerator,
     /// The guest's `uname -r`, once it told.
@@ -109,11 +115,15 @@ pub struct Machine {
     network: Mutex<NetworkPlan>,
     sandbox: SandboxSpec,
     power: watch::Sender<Power>,
+    /// How often its guest rebooted.
+    reboots: watch::Sender<u64>,
     /// Started processes that have not ended.
     /// A sender is dropped at its process's end.
     running: Mutex<HashMap<ProcessId, watch::Sender<()>>>,
-    /// Images that are plugged in, by key; a unit is not used again.
-    images: tokio::sync::Mutex<HashMap<String, u32>>,
+    /// One image is plugged in at a time.
+    plugging: tokio::sync::Mutex<()>,
+    /// Its vCPUs are stopped.
+    suspended: AtomicBool,
     /// The signal that we ended it with.
     ended_by: Mutex<Option<i32>>,
     watcher: Mutex<Option<JoinHandle<()>>>,
@@ -243,6 +253,8 @@ impl Machine {
 
         record.netns = sandbox.netns.clone();
         record.cgroups_path = sandbox.cgroups_path.clone();
+        record.size = Some(wanted.size);
+        record.reached = Some(Reached::at_boot(&wanted.size));
         record.taps = network
             .interfaces
             .iter()
@@ -269,6 +281,7 @@ impl Machine {
             containerd_namespace: record.containerd_namespace.clone(),
             accelerator,
             size: wanted.size,
+            reached: Reached::at_boot(&wanted.size),
             kernel: config.kernel.clone(),
             initramfs: config.initramfs.clone(),
             kernel_params: config.kernel_params.clone(),
@@ -288,6 +301,7 @@ impl Machine {
                 .collect(),
             console_socket: folder.console_socket(),
             console_log: folder.console(),
+            images: Vec::new(),
         };
         libvirt.define(uuid, plan.to_xml()).await?;
         let changes = libvirt.watch(uuid).await?;
@@ -314,14 +328,18 @@ impl Machine {
             events,
             qemu_user: capabilities.qemu_user,
             size: wanted.size,
+            plan: Mutex::new(plan),
+            sizing: tokio::sync::Mutex::new(Ledger::new(wanted.basis)),
             cpu_shares: wanted.cpu_shares,
             accelerator,
             kernel_release: Mutex::default(),
             network: Mutex::new(network),
             sandbox,
             power: watch::Sender::new(Power::Off(None)),
+            reboots: watch::Sender::new(0),
             running: Mutex::default(),
-            images: tokio::sync::Mutex::default(),
+            plugging: tokio::sync::Mutex::default(),
+            suspended: AtomicBool::new(false),
             ended_by: Mutex::default(),
             watcher: Mutex::default(),
             containers: Mutex::default(),
@@ -341,7 +359,9 @@ impl Machine {
         });
         let watcher = tokio::spawn(Self::follow(Arc::downgrade(&machine), changes));
         *lock(&machine.watcher) = Some(watcher);
+        tokio::spawn(Self::bound_console(Arc::downgrade(&machine)));
         let begun = if waits {
+            let plan = lock(&machine.plan).clone();
             let offer = machine.first_offer(plan.kernel, plan.initramfs, plan.title);
             let published = machine.publish(&offer).await;
             *machine.offer.lock().await = Some(offer);
@@ -377,6 +397,7 @@ impl Machine {
 
     /// What people are told of it.
     pub fn info(&self) -> MachineInfo {
+        let reached = self.reached();
         MachineInfo {
             uuid: self.record.uuid.to_string(),
             domain: domain_name(self.record.uuid),
@@ -385,8 +406,8 @@ impl Machine {
                 Accelerator::Kvm => "kvm".into(),
                 Accelerator::Tcg => "tcg".into(),
             },
-            vcpus: self.size.vcpus,
-            memory_bytes: self.size.memory_mib << 20,
+            vcpus: reached.vcpus,
+            memory_bytes: reached.memory_mib() << 20,
             kernel_release: lock(&self.kernel_release).clone(),
         }
     }

@@ -1,7 +1,9 @@
 //! What must be known to remove a machine whose shim is gone: `machine.json` in the
 //! machine's folder, written before anything else is made, removed after all else.
 
-use std::io::ErrorKind;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use dyad_runtime_handler::Error;
@@ -10,6 +12,8 @@ use log::warn;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::domain::Size;
+use crate::resize::Reached;
 use crate::storage::apply::write_atomically;
 
 /// The format's version.
@@ -48,6 +52,15 @@ pub struct Record {
     /// It runs on another node. What libvirt has under its UUID is not ours any more.
     #[serde(default)]
     pub moved: bool,
+    /// Its bounds, once they are decided.
+    #[serde(default)]
+    pub size: Option<Size>,
+    /// How big it is, after what it was resized to last.
+    #[serde(default)]
+    pub reached: Option<Reached>,
+    /// SCSI units of the images that are plugged in, by the images' keys.
+    #[serde(default)]
+    pub images: BTreeMap<String, u32>,
 }
 
 impl Record {
@@ -63,6 +76,9 @@ impl Record {
             cgroups_path: None,
             leaving: false,
             moved: false,
+            size: None,
+            reached: None,
+            images: BTreeMap::new(),
         }
     }
 }
@@ -172,6 +188,33 @@ impl Folder {
         Ok(())
     }
 
+    /// Keeps what the guest says on its serial port from filling the disk: beyond `limit`
+    /// bytes its last half goes to `console.log.1`, and the log begins anew. QEMU goes on
+    /// writing to the same file, for it appends.
+    ///
+    /// # Errors
+    /// The log cannot be read or truncated.
+    pub fn bound_console(&self, limit: u64) -> Result<()> {
+        let path = self.console();
+        let what = || format!("bound {}", path.display());
+        let mut log = match File::options().read(true).write(true).open(&path) {
+            Ok(log) => log,
+            // Nothing was said yet, or the machine is being removed.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error).context(what),
+        };
+        let length = log.metadata().context(what)?.len();
+        if length <= limit {
+            return Ok(());
+        }
+        let mut tail = Vec::new();
+        log.seek(SeekFrom::Start(length - limit / 2))
+            .context(what)?;
+        (&log).take(limit).read_to_end(&mut tail).context(what)?;
+        write_atomically(&path.with_extension("log.1"), &tail).context(what)?;
+        log.set_len(0).context(what)
+    }
+
     /// The console's last lines, for an error's text.
     pub fn console_tail(&self, lines: usize) -> String {
         let text = std::fs::read(self.console()).unwrap_or_default();
@@ -213,10 +256,27 @@ mod tests {
         let mut record = Record::new("k8s.io", "s1");
         record.taps.push(("eth0".into(), "dy1".into()));
         folder.save(&record).expect("save");
+        assert_eq!(folder.load().expect("load"), Some(record.clone()));
+        record.images.insert("5a5a".into(), 3);
+        folder.save(&record).expect("save");
         assert_eq!(folder.load().expect("load"), Some(record));
         folder.remove().expect("remove");
         assert!(!folder.exists());
         folder.remove().expect("removing nothing is fine");
+    }
+
+    #[test]
+    fn a_record_from_before_there_were_sizes_is_read() {
+        let dir = tempfile::tempdir().expect("dir");
+        let folder = folder(dir.path());
+        std::fs::create_dir_all(&folder.dir).expect("dir");
+        let record = Record::new("k8s.io", "s1");
+        let mut json = serde_json::to_value(&record).expect("json");
+        for key in ["size", "reached", "images"] {
+            json.as_object_mut().expect("object").remove(key);
+        }
+        std::fs::write(folder.record(), json.to_string()).expect("file");
+        assert_eq!(folder.load().expect("load"), Some(record));
     }
 
     #[test]
@@ -227,6 +287,29 @@ mod tests {
         std::fs::write(folder.record(), "{\"version\":").expect("file");
         assert_eq!(folder.load().expect("load"), None);
         assert!(folder.dir.join("machine.json.damaged").exists());
+    }
+
+    #[test]
+    fn a_console_that_says_too_much_begins_anew_for_who_appends() {
+        use std::io::Write;
+        let dir = tempfile::tempdir().expect("dir");
+        let folder = folder(dir.path());
+        folder.bound_console(10).expect("nothing said yet");
+        std::fs::create_dir_all(&folder.dir).expect("dir");
+        let log = File::options()
+            .append(true)
+            .create(true)
+            .open(folder.console());
+        let mut log = log.expect("log");
+        log.write_all(b"0123456789").expect("write");
+        folder.bound_console(10).expect("bound");
+        assert_eq!(std::fs::read(folder.console()).expect("log"), b"0123456789");
+        log.write_all(b"abc").expect("write");
+        folder.bound_console(10).expect("bound");
+        log.write_all(b"def").expect("write");
+        assert_eq!(std::fs::read(folder.console()).expect("log"), b"def");
+        let kept = std::fs::read(folder.dir.join("console.log.1")).expect("kept");
+        assert_eq!(kept, b"89abc");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::Result;
-use dyad_runtime_handler::handler::{Exit, Instance, ProcessId};
+use dyad_runtime_handler::handler::{Exit, Instance, ProcessId, Reboot};
 use dyad_runtime_handler::spec::{ExecSpec, Resources, Stdio};
 use dyad_runtime_handler::stats::Stats;
 use log::warn;
@@ -94,6 +94,10 @@ impl Instance for Sandbox {
         self.machine.shut_down(grace).await
     }
 
+    fn reboot(&self) -> Option<&dyn Reboot> {
+        Some(self)
+    }
+
     async fn pause(&self) -> Result<()> {
         self.machine.suspend().await
     }
@@ -142,12 +146,19 @@ impl Instance for Sandbox {
 
     async fn update(&self, _resources: &Resources) -> Result<()> {
         Err(Error::Unimplemented(
-            "resizing a running machine is not supported yet; delete the pod and create it with the new size".into(),
+            "a machine follows the limits of its containers; update those".into(),
         ))
     }
 
     async fn delete(&self) -> Result<()> {
         self.machine.withdrawn(&self.process());
         self.machine.delete().await
+    }
+}
+
+#[async_trait]
+impl Reboot for Sandbox {
+    async fn reboot(&self, force: bool, grace: Duration) -> Result<u32> {
+        self.machine.reboot(force, grace).await
     }
 }

@@ -11,6 +11,7 @@ use dyad_runtime_handler::config::{MachineConfig, annotation};
 use dyad_runtime_handler::error::Result;
 
 use crate::domain::Size;
+use crate::resize::Basis;
 
 /// Below this, guest kernel and agent do not come up.
 pub const MEMORY_MIN_MIB: u64 = 96;
@@ -39,6 +40,8 @@ pub struct PodSize {
     pub disk_gib: u64,
     /// The pod's CPU shares, for its cgroup.
     pub cpu_shares: Option<u64>,
+    /// From where the size goes on when limits change.
+    pub basis: Basis,
 }
 
 /// Decides the size from `cri`, the annotations that containerd's CRI puts into the
@@ -129,15 +132,31 @@ pub fn plan(
             "a pod's disk of {disk_gib} GiB: must be from 1 to {DISK_MAX_GIB} GiB"
         )));
     }
+    let max_vcpus = match config.max_vcpus {
+        0 => host.cpus.min(VCPUS_GROWTH),
+        n => n.min(VCPUS_MAX),
+    };
+    let max_memory_mib = match config.max_memory_mib {
+        0 => host.memory_mib,
+        n => n,
+    };
+    let cpu_milli = match (quota, period) {
+        (1.., 1..) => quota.unsigned_abs().saturating_mul(1000) / period.unsigned_abs(),
+        _ => u64::from(vcpus) * 1000,
+    };
     Ok(PodSize {
         size: Size {
             vcpus,
-            max_vcpus: vcpus.max(host.cpus.min(VCPUS_GROWTH)),
+            max_vcpus: vcpus.max(max_vcpus),
             memory_mib,
-            max_memory_mib: host.memory_mib.max(memory_mib),
+            max_memory_mib: memory_mib.max(max_memory_mib),
         },
         disk_gib,
         cpu_shares: (shares > 0).then_some(shares.unsigned_abs()),
+        basis: Basis {
+            cpu_milli: (!own.contains_key(annotation::VCPUS)).then_some(cpu_milli),
+            memory_mib: (!own.contains_key(annotation::MEMORY)).then_some(memory_mib),
+        },
     })
 }
 
@@ -238,6 +257,39 @@ mod tests {
         assert_eq!(got.size.max_vcpus, 3);
         let got = size(&[("cpu-shares", "1536")], &[]).expect("size");
         assert_eq!(got.size.vcpus, 2);
+    }
+
+    #[test]
+    fn what_a_machine_can_grow_to_is_the_host_s_or_configured() {
+        let grown = |max_vcpus, max_memory_mib| {
+            let config = MachineConfig {
+                max_vcpus,
+                max_memory_mib,
+                ..MachineConfig::default()
+            };
+            let size = plan(&config, &cri(&[]), &own(&[]), HOST)
+                .expect("size")
+                .size;
+            (size.max_vcpus, size.max_memory_mib)
+        };
+        assert_eq!(grown(0, 0), (2, 8192));
+        assert_eq!(grown(6, 1024), (6, 1024));
+        // Never less than it boots with, nor more than QEMU takes.
+        assert_eq!(grown(1000, 64), (VCPUS_MAX, 256));
+    }
+
+    #[test]
+    fn what_an_annotation_fixes_has_no_basis_to_grow_from() {
+        let limits = [
+            ("cpu-quota", "150000"),
+            ("cpu-period", "100000"),
+            ("memory", "536870912"),
+        ];
+        let basis = |own_pairs: &[(&str, &str)]| size(&limits, own_pairs).expect("size").basis;
+        assert_eq!(basis(&[]).cpu_milli, Some(1500));
+        assert_eq!(basis(&[]).memory_mib, Some(512));
+        assert_eq!(basis(&[("vcpus", "3")]).cpu_milli, None);
+        assert_eq!(basis(&[("memory", "1Gi")]).memory_mib, None);
     }
 
     #[test]

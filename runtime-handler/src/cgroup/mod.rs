@@ -6,6 +6,7 @@
 //!
 //! Kernel documents: `admin-guide/cgroup-v1/*.rst` and `admin-guide/cgroup-v2.rst`.
 
+mod make;
 mod oom;
 mod paths;
 mod stats;

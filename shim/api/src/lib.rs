@@ -1,5 +1,6 @@
 //! `dyad.lifecycle.v1.Lifecycle`: what a shim can be asked beside containerd's Task API,
-//! generated from `proto/lifecycle.proto`, which documents it.
+//! generated from `proto/lifecycle.proto`, which documents it; and what the shim reads of
+//! CRI (`proto/cri.proto`).
 
 #![allow(
     missing_docs,

@@ -120,7 +120,7 @@ fn clean(launch: &Launch, bundle: &Path, backend: Backend) -> Result<()> {
         // A server that lives still owns both; `delete` of a live pod removes nothing.
         if !socket::is_served(&launch.socket) {
             let _ = std::fs::remove_file(&launch.socket);
-            let _ = std::fs::remove_dir_all(launch.pod_dir());
+            launch.remove_pod_dir();
         }
     }
     Launch::remove(bundle)

@@ -12,6 +12,7 @@ use dyad_runtime_handler::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
+use crate::pod_files;
 use crate::sandbox::record::write_atomically;
 
 const FILE: &str = "dyad.json";
@@ -104,6 +105,15 @@ impl Launch {
             .state_dir
             .join(&self.containerd_namespace)
             .join(&self.sandbox_id)
+    }
+
+    /// Removes the pod's own directory, with what is mounted in it.
+    pub fn remove_pod_dir(&self) {
+        let dir = self.pod_dir();
+        if let Err(error) = pod_files::unmount(&dir) {
+            log::warn!("{}", error.chain());
+        }
+        let _ = std::fs::remove_dir_all(dir);
     }
 
     /// Writes it into `bundle`.

@@ -37,7 +37,7 @@ impl TaskService {
 
 /// Turns the error of a read into what containerd reads. It asks all the time, also for
 /// what is gone: nobody wants that in a log.
-fn read<T>(what: &str, result: Result<T>) -> ttrpc::Result<T> {
+pub(super) fn read<T>(what: &str, result: Result<T>) -> ttrpc::Result<T> {
     result.map_err(|error| {
         debug!("{what}: {}", error.chain());
         status(&error)
@@ -45,7 +45,7 @@ fn read<T>(what: &str, result: Result<T>) -> ttrpc::Result<T> {
 }
 
 /// Logs a refused change once, and turns its error into what containerd reads.
-fn answer<T>(what: &str, result: Result<T>) -> ttrpc::Result<T> {
+pub(super) fn answer<T>(what: &str, result: Result<T>) -> ttrpc::Result<T> {
     result.map_err(|error| {
         match &error {
             // Part of containerd's ordinary doing.

@@ -28,6 +28,7 @@ use super::task::{Job, Phase, Task, answer_waiters};
 use super::{Change, Command, ProcessView, Reply, TaskEvent, Transition, record};
 use crate::bootstrap::launch::Launch;
 use crate::migration::MigrationView;
+use crate::pod_files::PodFiles;
 
 /// Exit status of what the machine took with it.
 const KILLED: u32 = 137;
@@ -48,6 +49,8 @@ pub struct Driver {
     /// From the sandbox's spec, once that is created.
     pub(super) info: PodInfo,
     pub(super) handler: Arc<dyn RuntimeHandler>,
+    /// Of a pod without a pause container.
+    pub(super) files: Option<PodFiles>,
     pub(super) tasks: BTreeMap<String, Task>,
     commands: mpsc::UnboundedReceiver<Command>,
     backend: mpsc::UnboundedReceiver<Event>,
@@ -81,6 +84,7 @@ impl Driver {
             pod,
             info: PodInfo::default(),
             handler,
+            files: None,
             tasks: BTreeMap::new(),
             commands,
             backend,
@@ -116,6 +120,10 @@ impl Driver {
     fn command(&mut self, command: Command) {
         match command {
             Command::Create(request, reply) => self.create(request, reply),
+            Command::CreateSandbox(request, reply) => self.create_sandbox(*request, reply),
+            Command::ViewSandbox(id, reply) => {
+                let _ = reply.send(self.view_sandbox(&id));
+            }
             Command::Change(process, change) => self.enqueue(process, change),
             Command::State(process, reply) => {
                 let _ = reply.send(self.view(&process));
@@ -145,8 +153,14 @@ impl Driver {
     // --- Changes, in order -------------------------------------------------------
 
     fn enqueue(&mut self, process: ProcessId, change: Change) {
-        let Some(task) = self.tasks.get_mut(&process.container) else {
+        if !self.tasks.contains_key(&process.container) {
             return change.refuse(not_found(&process.container));
+        }
+        if let Err(error) = self.barred_by_migration(&process, &change) {
+            return change.refuse(error);
+        }
+        let Some(task) = self.tasks.get_mut(&process.container) else {
+            return;
         };
         let container = process.container.clone();
         let class = change.class(&process);
@@ -333,7 +347,8 @@ impl Driver {
         let task = self
             .tasks
             .get(container)
-            .filter(|task| !matches!(task.phase, Phase::Creating))
+            // containerd lists as a task whatever tells a state.
+            .filter(|task| !task.is_bare && !matches!(task.phase, Phase::Creating))
             .ok_or_else(|| not_found(container))?;
         match &process.exec {
             Some(exec) => task
@@ -493,6 +508,13 @@ impl Driver {
     // --- Telling others ----------------------------------------------------------
 
     pub(super) fn publish(&self, event: TaskEvent) {
+        let is_bare = event
+            .of_task()
+            .and_then(|container| self.tasks.get(container))
+            .is_some_and(|task| task.is_bare);
+        if is_bare {
+            return;
+        }
         // The publisher lives as long as the server.
         let _ = self.publisher.send(event);
     }

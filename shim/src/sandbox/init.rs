@@ -17,12 +17,18 @@ use super::{CreateRequest, Gone, Reply, TaskEvent};
 use crate::spec::{self, Identity};
 use crate::stdio::{OpenStdio, Owner};
 
+/// By which of containerd's APIs something is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    Task,
+    SandboxApi,
+}
+
 impl Driver {
     pub(super) fn create(&mut self, request: CreateRequest, reply: Reply<u32>) {
-        let id = request.id.clone();
         match self.prepare_create(&request) {
             Err(error) => drop(reply.send(Err(error))),
-            Ok(spec) => self.start_create(id, request, spec, reply),
+            Ok(spec) => self.start_create(request, spec, Origin::Task, reply),
         }
     }
 
@@ -33,7 +39,7 @@ impl Driver {
             // Always a refusal.
             self.decide(id, Request::Create)?;
         }
-        let oci = spec::read(&request.bundle)?;
+        let mut oci = spec::read(&request.bundle)?;
         let no_annotations = std::collections::HashMap::new();
         let annotations = oci.annotations().as_ref().unwrap_or(&no_annotations);
         let identity = Identity::of(id, annotations)?;
@@ -60,6 +66,13 @@ impl Driver {
         if identity.role == Role::Sandbox {
             self.check_fence(id, &pod.uid)?;
         }
+        if identity.role == Role::Container
+            && let Some(files) = &self.files
+            && files.mount_into(&mut oci)
+        {
+            // The OCI runtime reads it there, now and at each start in place.
+            spec::write(&request.bundle, &oci)?;
+        }
         let spec = ContainerSpec {
             id: id.clone(),
             containerd_namespace: launch.containerd_namespace.clone(),
@@ -74,18 +87,18 @@ impl Driver {
         Ok((identity, spec))
     }
 
-    fn start_create(
+    pub(super) fn start_create(
         &mut self,
-        id: String,
         request: CreateRequest,
         (identity, mut spec): (Identity, ContainerSpec),
+        origin: Origin,
         reply: Reply<u32>,
     ) {
         let CreateRequest {
+            id,
             bundle,
             rootfs,
             stdio: uris,
-            ..
         } = request;
         if identity.role == Role::Sandbox {
             self.info = spec.pod.clone();
@@ -103,6 +116,7 @@ impl Driver {
             identity.cri,
             uris.clone(),
         );
+        task.is_bare = origin == Origin::SandboxApi;
         let ticket = task.lane.begin(Class::Whole);
         self.tasks.insert(id.clone(), task);
 

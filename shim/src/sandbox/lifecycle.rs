@@ -1,10 +1,11 @@
 //! The driver's steps for what only the Lifecycle service asks: stop, start and
 //! restart in place, and for telling about transitions.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use dyad_runtime_handler::config::Kind;
-use dyad_runtime_handler::handler::{Exit, ProcessId};
+use dyad_runtime_handler::handler::{Exit, Instance, ProcessId};
 use dyad_runtime_handler::spec::Role;
 use dyad_runtime_handler::{Error, Result};
 use log::{info, warn};
@@ -113,10 +114,81 @@ impl Driver {
         reply: Reply<()>,
     ) {
         let grace = if force { Duration::ZERO } else { grace };
-        match self.decide(container, Request::Restart { force }) {
+        let ready = self
+            .decide(container, Request::Restart { force })
+            .and_then(|_| {
+                let task = self.task(container)?;
+                Ok((task.pid(), task.instance(container)?))
+            });
+        match ready {
+            Ok((pid, instance)) if instance.reboot().is_some() => {
+                self.begin_reboot(container, ticket, (pid, instance), (force, grace), reply);
+            }
             Ok(_) => self.begin_stop(container, ticket, grace, AfterStop::Start(reply)),
             Err(error) => self.refused(container, ticket, reply, error),
         }
+    }
+
+    /// What restarts without an end of its own is `Stopping` meanwhile, so that what ends
+    /// in it is kept and comes back.
+    fn begin_reboot(
+        &mut self,
+        container: &str,
+        ticket: Ticket,
+        (pid, instance): (u32, Arc<dyn Instance>),
+        (force, grace): (bool, Duration),
+        reply: Reply<()>,
+    ) {
+        let stopping = Phase::Stopping {
+            pid,
+            exit: None,
+            keep: true,
+        };
+        self.set_phase(container, stopping, "it reboots");
+        let container = container.to_owned();
+        let effect = async move {
+            match instance.reboot() {
+                Some(reboot) => reboot.reboot(force, grace).await,
+                None => Err(Error::Unimplemented("a reboot".into())),
+            }
+        };
+        self.effect(effect, move |driver, result| {
+            driver.rebooted(&container, ticket, result, reply);
+        });
+    }
+
+    fn rebooted(&mut self, container: &str, ticket: Ticket, result: Result<u32>, reply: Reply<()>) {
+        let Some(task) = self.tasks.get_mut(container) else {
+            return;
+        };
+        let (pid, exit) = match &task.phase {
+            Phase::Stopping { pid, exit, .. } => (*pid, *exit),
+            _ => return self.refused(container, ticket, reply, killed(container)),
+        };
+        let answer = match (result, exit) {
+            (Ok(pid), None) => {
+                task.starts += 1;
+                self.set_phase(container, Phase::Running { pid }, "restarted in place");
+                Ok(())
+            }
+            // It ended instead, and is kept as if it had been stopped.
+            (result, Some(exit)) => {
+                let error = result.err().unwrap_or_else(|| {
+                    Error::FailedPrecondition(format!("{container} ended instead of rebooting"))
+                });
+                let reason = format!("could not be restarted: {}", error.chain());
+                self.set_phase(container, Phase::Stopped { exit }, reason);
+                self.machine_stopped(exit.at);
+                Err(error)
+            }
+            (Err(error), None) => {
+                let reason = format!("could not be restarted: {}", error.chain());
+                self.set_phase(container, Phase::Running { pid }, reason);
+                Err(error)
+            }
+        };
+        let _ = reply.send(answer);
+        self.finish(container, ticket);
     }
 
     fn begin_stop(&mut self, container: &str, ticket: Ticket, grace: Duration, after: AfterStop) {

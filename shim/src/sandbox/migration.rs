@@ -137,6 +137,32 @@ impl Driver {
         );
     }
 
+    /// Refuses at once what would otherwise wait in line behind a migration.
+    ///
+    /// # Errors
+    /// The state's refusal.
+    pub(super) fn barred_by_migration(&self, process: &ProcessId, change: &Change) -> Result<()> {
+        if self.outgoing.is_none() {
+            return Ok(());
+        }
+        let request = match (&process.exec, change) {
+            (None, Change::Migrate(..)) => {
+                return Err(Error::FailedPrecondition(
+                    "the pod is migrating already: wait for that migration, or cancel it".into(),
+                ));
+            }
+            (None, Change::Pause(_)) => Request::Pause,
+            (None, Change::Resume(_)) => Request::Resume,
+            (None, Change::Stop { .. }) => Request::Stop,
+            (None, Change::Start(_)) => Request::Start,
+            (None, Change::Restart { force, .. }) => Request::Restart { force: *force },
+            (None, Change::Update(..)) => Request::Update,
+            (Some(_), Change::AddExec(..)) => Request::Exec,
+            _ => return Ok(()),
+        };
+        self.decide(&process.container, request).map(drop)
+    }
+
     fn may_migrate(&self, sandbox: &str) -> Result<()> {
         self.decide(sandbox, Request::Migrate)?;
         self.handler.migration()?;

@@ -10,6 +10,7 @@
 //! under way; changes of one container are done in the order in which they came
 //! ([`lane`]).
 
+mod bare;
 mod driver;
 mod execs;
 mod init;
@@ -36,6 +37,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 pub use driver::{Driver, Pod};
 
 use crate::migration::MigrationView;
+use crate::pod_spec::PodConfig;
 use crate::stdio::StdioUris;
 use state::{State, TaskStatus};
 
@@ -50,6 +52,30 @@ pub struct CreateRequest {
     pub rootfs: Vec<RootMount>,
     /// Its init process's stdio.
     pub stdio: StdioUris,
+}
+
+/// A pod without a pause container, to create.
+#[derive(Debug)]
+pub struct SandboxRequest {
+    /// Its sandbox id.
+    pub id: String,
+    /// Its bundle, which holds no spec.
+    pub bundle: PathBuf,
+    /// What it is to be.
+    pub pod: PodConfig,
+}
+
+/// A pod, as the Sandbox API shows it.
+#[derive(Debug, Clone)]
+pub struct SandboxView {
+    /// Its host pid, whose namespaces are the pod's; 0 where there is none.
+    pub pid: u32,
+    /// Whether containers can be made in it.
+    pub ready: bool,
+    /// Since when it is there.
+    pub created_at: SystemTime,
+    /// How it ended.
+    pub exit: Option<Exit>,
 }
 
 /// A process to add.
@@ -163,6 +189,24 @@ pub enum TaskEvent {
     Transition(Box<Transition>),
 }
 
+impl TaskEvent {
+    /// Whose life as a containerd task it tells of.
+    fn of_task(&self) -> Option<&str> {
+        match self {
+            Self::Create { container, .. }
+            | Self::Start { container, .. }
+            | Self::Delete { container, .. } => Some(container),
+            Self::Exit { process, .. } => Some(&process.container),
+            Self::ExecAdded { .. }
+            | Self::ExecStarted { .. }
+            | Self::Paused { .. }
+            | Self::Resumed { .. }
+            | Self::OutOfMemory { .. }
+            | Self::Transition(_) => None,
+        }
+    }
+}
+
 /// A task as it truly is: what the Lifecycle service tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TaskView {
@@ -222,6 +266,8 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
 /// What the driver is asked.
 pub(crate) enum Command {
     Create(CreateRequest, Reply<u32>),
+    CreateSandbox(Box<SandboxRequest>, Reply<u32>),
+    ViewSandbox(String, Reply<SandboxView>),
     Change(ProcessId, Change),
     State(ProcessId, Reply<ProcessView>),
     Wait(ProcessId, Reply<Exit>),
@@ -305,6 +351,24 @@ impl Sandbox {
     /// does not run.
     pub async fn create(&self, request: CreateRequest) -> Result<u32> {
         self.ask(|reply| Command::Create(request, reply)).await
+    }
+
+    /// Creates the pod itself, where no pause container does; returns its host pid.
+    ///
+    /// # Errors
+    /// Of the backend; `AlreadyExists`; `InvalidArgument` for another pod's id, or what
+    /// this kind cannot give.
+    pub async fn create_sandbox(&self, request: SandboxRequest) -> Result<u32> {
+        self.ask(|reply| Command::CreateSandbox(Box::new(request), reply))
+            .await
+    }
+
+    /// The pod as the Sandbox API shows it.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn view_sandbox(&self, id: String) -> Result<SandboxView> {
+        self.ask(|reply| Command::ViewSandbox(id, reply)).await
     }
 
     /// Runs a created process; returns its pid.

@@ -175,6 +175,10 @@ pub(super) struct Task {
     pub(super) name: String,
     /// Whether CRI made it.
     pub(super) cri: bool,
+    /// Made through the Sandbox API: to containerd's subscribers it is no task.
+    pub(super) is_bare: bool,
+    /// When it was made.
+    pub(super) created_at: SystemTime,
     /// The backend's side, once created.
     pub(super) instance: Option<Arc<dyn Instance>>,
     pub(super) phase: Phase,
@@ -211,6 +215,8 @@ impl Task {
             bundle,
             name,
             cri,
+            is_bare: false,
+            created_at: SystemTime::now(),
             instance: None,
             phase: Phase::Creating,
             reason: String::new(),

@@ -15,7 +15,7 @@ use crate::crictl::Crictl;
 use crate::wait::until;
 
 /// Go and Rust builds from cold caches come before the first environment is up.
-const UP_TIMEOUT: Duration = Duration::from_secs(40 * 60);
+pub(crate) const UP_TIMEOUT: Duration = Duration::from_secs(40 * 60);
 const DOWN_TIMEOUT: Duration = Duration::from_secs(180);
 const ASK_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -62,6 +62,18 @@ pub enum Build {
     AsIs,
 }
 
+impl Build {
+    /// The arguments of `hack/up` and `hack/cluster up` for it.
+    pub fn tell(self, up: &mut Command) {
+        if self == Self::AsIs {
+            up.arg("--no-build");
+            if let Some(profile) = std::env::var_os("DYAD_E2E_PROFILE") {
+                up.arg("--profile").arg(profile);
+            }
+        }
+    }
+}
+
 /// A running environment.
 #[derive(Debug)]
 pub struct Env {
@@ -98,12 +110,7 @@ impl Env {
     pub fn refresh(&self, build: Build) -> Result<()> {
         let mut up = self.hack("up");
         up.args(["--containerd", self.version.number()]);
-        if build == Build::AsIs {
-            up.arg("--no-build");
-            if let Some(profile) = std::env::var_os("DYAD_E2E_PROFILE") {
-                up.arg("--profile").arg(profile);
-            }
-        }
+        build.tell(&mut up);
         command::run(&mut up, b"", UP_TIMEOUT)?.success("hack/up")?;
         Ok(())
     }

@@ -105,7 +105,7 @@ impl<'a> Pod<'a> {
             annotations["dyad.dev/migration-source"] = source.into();
         }
         let config = json!({
-            "metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}")},
+            "metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}-{}", std::process::id())},
             "hostname": "counter",
             "log_directory": dir,
             "annotations": annotations,

@@ -251,7 +251,7 @@ impl Agent {
         let answer: CreateTaskResponse = self.task("Create", request, doing).await?;
         // Only now: before, the streams may be those of the container that had this id.
         // The guest keeps what is written until it is asked for.
-        if let Err(error) = self.connect_new(&process, stdio) {
+        if let Err(error) = self.connect(&process, stdio, Offsets::default()) {
             self.delete(id, None).await?;
             return Err(error);
         }
@@ -294,7 +294,10 @@ impl Agent {
         if !spec.stdio.terminal {
             request.stderr = marker(spec.stdio.stderr.as_ref());
         }
-        self.connect_new(&process, spec.stdio)?;
+        if self.pump(id, Some(&spec.exec_id)).is_some() {
+            return Err(Error::AlreadyExists(process.to_string()));
+        }
+        self.connect(&process, spec.stdio, Offsets::default())?;
         let answer: Result<Empty> = self.task("Exec", request, doing).await;
         self.disconnect_failed(&process, &answer);
         answer.map(drop)
@@ -604,13 +607,6 @@ impl Agent {
         self.inner.client.close();
         self.pumps().clear();
         self.unattended().clear();
-    }
-
-    fn connect_new(&self, process: &ProcessId, stdio: Stdio) -> Result<()> {
-        if self.pumps().contains_key(process) {
-            return Err(Error::AlreadyExists(process.to_string()));
-        }
-        self.connect(process, stdio, Offsets::default())
     }
 
     fn connect(&self, process: &ProcessId, stdio: Stdio, from: Offsets) -> Result<()> {

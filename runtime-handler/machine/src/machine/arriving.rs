@@ -17,7 +17,7 @@ use log::{debug, info, warn};
 use super::images::connect;
 use super::{Boot, Machine, Power, lock};
 use crate::container::Container;
-use crate::domain::AgentChannel;
+use crate::domain::{AgentChannel, ImageDisk};
 use crate::events::{Change, Ending, Observed};
 use crate::libvirt::{self, Of};
 use crate::migrate::offer::{
@@ -329,7 +329,7 @@ impl Machine {
     async fn go_on(self: &Arc<Self>, pid: u32, record: &Record) -> Vec<(ProcessId, u32)> {
         let agent = self.agent();
         *lock(&self.kernel_release) = record.kernel_release.clone();
-        *self.images.lock().await = record.images.clone().into_iter().collect();
+        self.plan_what_came(record);
         for (interface, mac) in lock(&self.network).interfaces.iter_mut().zip(&record.macs) {
             interface.mac.clone_from(mac);
         }
@@ -370,6 +370,39 @@ impl Machine {
             .store(record.events_after, Ordering::Relaxed);
         self.watch_guest();
         processes
+    }
+
+    /// A later power-on here is with what came.
+    fn plan_what_came(&self, record: &Record) {
+        let files: BTreeMap<String, PathBuf> = self
+            .named_containers()
+            .into_iter()
+            .filter_map(|(name, container)| {
+                let came = record.containers.get(&name)?;
+                Some((came.serial.clone(), container.image_file()))
+            })
+            .collect();
+        {
+            let mut plan = lock(&self.plan);
+            plan.reached = record.reached;
+            plan.images = record
+                .images
+                .iter()
+                .filter_map(|(serial, unit)| {
+                    Some(ImageDisk {
+                        file: files.get(serial)?.clone(),
+                        serial: serial.clone(),
+                        unit: *unit,
+                    })
+                })
+                .collect();
+            for (nic, mac) in plan.nics.iter_mut().zip(&record.macs) {
+                nic.mac.clone_from(mac);
+            }
+        }
+        if let Err(error) = self.save() {
+            warn!("{}", error.chain());
+        }
     }
 
     fn named_containers(&self) -> Vec<(String, Arc<Container>)> {

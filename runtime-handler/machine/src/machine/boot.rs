@@ -62,6 +62,9 @@ impl Machine {
 
     async fn power_on_here(&self) -> Result<()> {
         let uuid = self.record.uuid;
+        // It may have another size than it was defined with.
+        let xml = lock(&self.plan).to_xml();
+        self.libvirt.define(uuid, xml).await?;
         self.libvirt.create_paused(uuid).await?;
         let pid = libvirt::find_qemu(uuid, &self.folder.disk())
             .context(|| format!("find QEMU of domain {uuid}"))?;
@@ -89,16 +92,19 @@ impl Machine {
     /// Waits for the agent and makes the guest the pod.
     pub(super) async fn boot(self: &Arc<Self>) {
         let bound = self.config.boot_timeout();
-        let agent = self.agent();
+        let (boot_number, agent) = (*self.reboots.borrow(), self.agent());
         let booted = tokio::time::timeout(bound, async {
             agent.ready(bound).await?;
-            agent.setup(self.setup_request()).await
+            let setup = agent.setup(self.setup_request()).await?;
+            self.size_again(&agent).await?;
+            Ok::<_, Error>(setup)
         });
         let mut power = self.power.subscribe();
         let result = tokio::select! {
             booted = booted => match booted {
                 Ok(Ok(setup)) => {
                     debug!("guest of {}: kernel {}", self.record.uuid, setup.kernel_release);
+                    *lock(&self.kernel_release) = setup.kernel_release;
                     Ok(())
                 }
                 Ok(Err(error)) => Err(error.chain()),
@@ -117,6 +123,11 @@ impl Machine {
                 ))
             }
         };
+        if boot_number != *self.reboots.borrow() {
+            // It rebooted meanwhile (a guest's reboot may reset it more than once); that boot
+            // has its own end.
+            return;
+        }
         let ready = boot == Boot::Ready;
         self.power.send_if_modified(|power| match power {
             Power::On { boot: current, .. } => {

@@ -17,17 +17,21 @@ impl Machine {
     /// # Errors
     /// libvirt or QEMU refused.
     pub async fn plug(&self, image: &Image) -> Result<String> {
-        let mut images = self.images.lock().await;
-        if !images.contains_key(&image.key) {
-            let unit = u32::try_from(images.len()).unwrap_or(u32::MAX);
-            let disk = ImageDisk {
+        let _one_at_a_time = self.plugging.lock().await;
+        let disk = {
+            let plan = lock(&self.plan);
+            if plan.images.iter().any(|disk| disk.serial == image.key) {
+                return Ok(image.key.clone());
+            }
+            ImageDisk {
                 file: image.file.clone(),
                 serial: image.key.clone(),
-                unit,
-            };
-            self.libvirt.attach(self.record.uuid, disk.to_xml()).await?;
-            images.insert(image.key.clone(), unit);
-        }
+                unit: u32::try_from(plan.images.len()).unwrap_or(u32::MAX),
+            }
+        };
+        self.libvirt.attach(self.record.uuid, disk.to_xml()).await?;
+        lock(&self.plan).images.push(disk);
+        self.save()?;
         Ok(image.key.clone())
     }
 

@@ -191,6 +191,7 @@ impl Machine {
         debug!("machine {uuid} is {found:?}");
         match found {
             Whereabouts::Here => {
+                self.give_up.store(false, Ordering::Relaxed);
                 self.leaving.store(false, Ordering::Relaxed);
                 self.folder.save(&self.record)?;
                 Err(moved.err().unwrap_or_else(|| {
@@ -240,7 +241,12 @@ impl Machine {
                     (name, traveller)
                 })
                 .collect(),
-            images: self.images.lock().await.clone().into_iter().collect(),
+            images: lock(&self.plan)
+                .images
+                .iter()
+                .map(|disk| (disk.serial.clone(), disk.unit))
+                .collect(),
+            reached: self.reached(),
             macs: ready.found.macs.clone(),
             kernel_release: lock(&self.kernel_release).clone(),
             events_after: self.events_after.load(Ordering::Relaxed),

@@ -7,15 +7,22 @@ use std::time::Duration;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::Result;
 use dyad_runtime_handler::handler::{Event, MachineEvent};
-use log::{debug, info};
+use log::{debug, info, warn};
 use tokio::sync::mpsc;
 
+use super::images::connect;
 use super::{Boot, Machine, Power, lock};
 use crate::events::{Change, Ending, Observed};
 use crate::libvirt;
 
+/// How often the console's log is looked at.
+const CONSOLE_LOOK: Duration = Duration::from_secs(10);
+/// It may have this many bytes before it begins anew.
+const CONSOLE_BYTES: u64 = 1 << 20;
 /// A guest that was told to power off gets this long beyond the grace of its processes.
 const POWER_OFF_PATIENCE: Duration = Duration::from_secs(10);
+/// An agent that serves answers sooner, whatever the grace.
+const SHORT_CALL: Duration = Duration::from_secs(2);
 /// libvirt's event follows QEMU's end at once; its destroy polls every 200 ms.
 const STOPPED_PATIENCE: Duration = Duration::from_secs(10);
 /// QEMU takes milliseconds; on a busy host more. Then libvirt kills it.
@@ -42,12 +49,19 @@ impl Machine {
                 Change::Started => starting = true,
                 Change::Resumed if starting => starting = false,
                 Change::Suspended if starting => {}
-                Change::Suspended => machine.tell(MachineEvent::Suspended),
-                Change::Resumed => machine.tell(MachineEvent::Resumed),
+                Change::Suspended => {
+                    machine.suspended.store(true, Ordering::Relaxed);
+                    machine.tell(MachineEvent::Suspended);
+                }
+                Change::Resumed => {
+                    machine.suspended.store(false, Ordering::Relaxed);
+                    machine.tell(MachineEvent::Resumed);
+                }
                 Change::Rebooted => machine.rebooted(),
                 Change::Panicked => machine.tell(MachineEvent::Crashed),
                 Change::Stopped(ending) => {
                     starting = false;
+                    machine.suspended.store(false, Ordering::Relaxed);
                     machine.ended(ending);
                 }
                 Change::Undefined | Change::Arriving => {}
@@ -58,6 +72,21 @@ impl Machine {
     fn leaves(&self) -> bool {
         let leaving = self.leaving.load(Ordering::Relaxed);
         leaving || self.moved.load(Ordering::Relaxed)
+    }
+
+    /// Looks after the console's log until the machine is dropped. libvirt's own way,
+    /// virtlogd, is not there on every host.
+    pub(super) async fn bound_console(machine: std::sync::Weak<Self>) {
+        let mut ticks = tokio::time::interval(CONSOLE_LOOK);
+        loop {
+            ticks.tick().await;
+            let Some(machine) = machine.upgrade() else {
+                return;
+            };
+            if let Err(error) = machine.folder.bound_console(CONSOLE_BYTES) {
+                warn!("{}", error.chain());
+            }
+        }
     }
 
     pub(super) fn stop_following(&self) {
@@ -83,6 +112,11 @@ impl Machine {
         });
         if was_on {
             info!("machine {} rebooted", self.record.uuid);
+            self.reboots.send_modify(|count| *count += 1);
+            // The new guest knows nothing of the old one's calls and streams.
+            let old = std::mem::replace(&mut *lock(&self.agent), connect(&self.channel));
+            old.close();
+            self.suspended.store(false, Ordering::Relaxed);
             self.end_all(128 + libc::SIGKILL as u32, |process| {
                 process.container != self.record.sandbox_id
             });
@@ -145,6 +179,48 @@ impl Machine {
         self.destroy(libc::SIGKILL).await
     }
 
+    /// Boots the guest anew in the same QEMU: its agent ends all processes and reboots, or
+    /// (`force`, or where that comes to nothing) it is reset. Returns QEMU's pid when the
+    /// guest serves.
+    ///
+    /// # Errors
+    /// libvirt could not reset it, and it runs on; or its guest did not come up, and it is
+    /// off.
+    pub async fn reboot(&self, force: bool, grace: Duration) -> Result<u32> {
+        // Seen by its number: another reboot must not be taken for this one.
+        let before = *self.reboots.borrow();
+        let mut reboots = self.reboots.subscribe();
+        let mut rebooted = async |bound: Duration| {
+            let seen = reboots.wait_for(|count| *count != before);
+            tokio::time::timeout(bound, seen).await.is_ok()
+        };
+        let mut done = false;
+        if !force {
+            let bound = grace.min(POWER_OFF_PATIENCE).max(SHORT_CALL);
+            let asked = tokio::time::timeout(bound, self.agent().shutdown(true, grace)).await;
+            match asked {
+                Ok(Ok(())) => done = rebooted(grace + POWER_OFF_PATIENCE).await,
+                Ok(Err(error)) => debug!("ask the guest to reboot: {}", error.chain()),
+                Err(_) => debug!("ask the guest to reboot: no answer within {bound:?}"),
+            }
+        }
+        if !done && !self.is_off() {
+            self.libvirt.reset(self.record.uuid).await?;
+            done = rebooted(STOPPED_PATIENCE).await;
+        }
+        let ready = match done {
+            true => self.ready().await,
+            false => Err(Error::Unavailable(
+                "libvirt tells of no reboot".into(),
+                None,
+            )),
+        };
+        if ready.is_err() {
+            self.destroy(libc::SIGKILL).await?;
+        }
+        ready
+    }
+
     /// Pulls the plug; `signal` is what the exit status will say. Returns when it is off.
     ///
     /// # Errors
@@ -170,6 +246,11 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    /// Whether its vCPUs are stopped.
+    pub fn is_suspended(&self) -> bool {
+        self.suspended.load(Ordering::Relaxed)
     }
 
     /// Whether it is powered off.

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::Accelerator;
+use crate::resize::Reached;
 
 /// The version of all three messages.
 pub const VERSION: u32 = 1;
@@ -89,6 +90,8 @@ pub struct Record {
     pub containers: BTreeMap<String, Traveller>,
     /// Images that are plugged in: serial and SCSI unit.
     pub images: BTreeMap<String, u32>,
+    /// How big it is: it may have been resized.
+    pub reached: Reached,
     /// The guest's hardware addresses, in the order of its interfaces.
     pub macs: Vec<String>,
     /// `uname -r`.

@@ -139,7 +139,7 @@ mod tests {
             (&["169.254.255.254"], vec![]),
             (&[], vec![route(None, Some("169.254.255.254"))]),
             (&[], vec![route(Some(("169.254.255.253", 32)), None)]),
-            (&[], vec![route(Some(("169.254.255.252", 30)), None)]),
+            (&[], vec![route(Some(("169.254.255.254", 31)), None)]),
         ];
         for (addresses, routes) in cases {
             assert_eq!(host(addresses, &routes), second, "{addresses:?} {routes:?}");

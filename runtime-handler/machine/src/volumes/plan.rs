@@ -263,7 +263,10 @@ fn role(source: &Path, mount: &Mount) -> Role {
         }
     }
     // <root>/io.containerd.grpc.v1.cri/sandboxes/<id>/hosts, …
-    if let [.., "sandboxes", _, "hosts" | "hostname" | "resolv.conf"] = parts[..] {
+    // and <pod>/pod-files/hosts, … where there is no pause container
+    if let [.., "sandboxes", _, "hosts" | "hostname" | "resolv.conf"]
+    | [.., "pod-files", "hosts" | "hostname" | "resolv.conf"] = parts[..]
+    {
         return Role::Identity;
     }
     Role::Other
@@ -405,6 +408,9 @@ mod tests {
         }
         let kubelets = bind(&format!("{POD}/etc-hosts"), "/etc/hosts", &["rbind", "rw"]);
         assert!(one(kubelets, Source::File).is_ok());
+        // Where there is no pause container they are the shim's.
+        let own = "/run/dyad/k8s.io/s1/pod-files/hosts";
+        assert!(one(bind(own, "/etc/hosts", &["rbind", "rw"]), Source::File).is_ok());
     }
 
     #[test]

@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use dyad_runtime_handler::fake::{Fake, Reply as FakeReply};
 use dyad_runtime_handler::handler::RuntimeHandler;
+use dyad_runtime_handler::migration::{MigrationParameters, Tombstones};
 use tempfile::TempDir;
 use tokio::time::timeout;
 
 use super::*;
 use crate::config::Config;
+use crate::migration::{ContainerState, Outcome, PodState};
 use crate::sandbox::pod::Operation;
 use crate::sandbox::state::TaskStatus;
 use crate::sandbox::{CreateRequest, ExecRequest, Sandbox};
@@ -29,6 +31,10 @@ impl TestPod {
         let config = Config {
             kind,
             state_dir: dir.path().join("state"),
+            cache_dir: dir.path().join("cache"),
+            annotations: crate::config::AnnotationsConfig {
+                allow: vec!["dyad.dev/migration-source".into()],
+            },
             ..Config::default()
         };
         let launch = Launch::new(
@@ -631,6 +637,101 @@ async fn a_stopped_machine_keeps_its_containers_and_brings_them_back() {
 }
 
 #[tokio::test]
+async fn a_restarted_machine_reboots_and_its_containers_run_again() {
+    let mut pod = TestPod::running(Kind::Machine).await;
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    for (force, call) in [(false, "reboot pod"), (true, "reboot pod force")] {
+        let restart = Operation::Restart {
+            force,
+            grace: GRACE,
+        };
+        pod.operate(restart, "").await.unwrap();
+        assert!(pod.fake.calls().iter().any(|made| made == call), "{call}");
+        assert_eq!(
+            pod.states().await,
+            pairs(&[("c", "running"), ("pod", "running")])
+        );
+    }
+    assert!(!pod.fake.calls().iter().any(|made| made == "stop pod"));
+    let view = pod.sandbox.view().await.unwrap();
+    let starts: Vec<u32> = view.tasks.iter().map(|task| task.starts).collect();
+    assert_eq!(starts, [2, 2]);
+    pod.no_event();
+}
+
+#[tokio::test]
+async fn a_machine_that_cannot_reboot_runs_on_and_one_that_ends_at_it_is_kept() {
+    let mut pod = TestPod::running(Kind::Machine).await;
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    let restart = Operation::Restart {
+        force: false,
+        grace: GRACE,
+    };
+    pod.fake.next(
+        "reboot",
+        FakeReply::Fail(Error::FailedPrecondition("no".into())),
+    );
+    let forced = Operation::Restart {
+        force: true,
+        grace: GRACE,
+    };
+    pod.operate(forced, "").await.unwrap_err();
+    assert_eq!(
+        pod.states().await,
+        pairs(&[("c", "running"), ("pod", "running")])
+    );
+    let held = pod.fake.hold("reboot");
+    let sandbox = pod.sandbox.clone();
+    let asked = tokio::spawn(async move { sandbox.operate(restart, "").await.map(drop) });
+    pod.fake.called("reboot pod").await;
+    pod.fake.exit(&ProcessId::init("pod"), 255);
+    let error = Error::FailedPrecondition("it does not boot".into());
+    held.send(Err(error)).unwrap();
+    let error = asked.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("does not boot"), "{error}");
+    assert_eq!(
+        pod.states().await,
+        pairs(&[("c", "stopped"), ("pod", "stopped")])
+    );
+    pod.no_event();
+    pod.operate(Operation::Start, "").await.unwrap();
+    assert_eq!(
+        pod.states().await,
+        pairs(&[("c", "running"), ("pod", "running")])
+    );
+}
+
+#[tokio::test]
+async fn a_machine_killed_while_it_reboots_ends_for_good() {
+    let mut pod = TestPod::running(Kind::Machine).await;
+    for _ in 0..4 {
+        pod.next_event().await;
+    }
+    let held = pod.fake.hold("reboot");
+    let sandbox = pod.sandbox.clone();
+    let restart = Operation::Restart {
+        force: true,
+        grace: GRACE,
+    };
+    let asked = tokio::spawn(async move { sandbox.operate(restart, "").await.map(drop) });
+    pod.fake.called("reboot pod force").await;
+    pod.sandbox
+        .signal(ProcessId::init("pod"), libc::SIGKILL, false)
+        .await
+        .unwrap();
+    held.send(Err(Error::FailedPrecondition("off".into())))
+        .unwrap();
+    let error = asked.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("killed"), "{error}");
+    pod.expect_events(&["exit container pod 137", "exit container c 137"])
+        .await;
+}
+
+#[tokio::test]
 async fn a_stopped_machine_that_is_killed_ends_with_all_in_it() {
     let mut pod = TestPod::running(Kind::Machine).await;
     pod.operate(Operation::Stop { grace: GRACE }, "")
@@ -691,4 +792,289 @@ async fn requests_that_cannot_be_are_refused_with_the_way_out() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("no container of it is running"), "{error}");
+}
+
+/// A pod that needs no mount: all in the host's namespaces.
+fn bare(pod: &TestPod, id: &str) -> crate::sandbox::SandboxRequest {
+    let bundle = pod.bundle(id);
+    std::fs::create_dir_all(&bundle).unwrap();
+    crate::sandbox::SandboxRequest {
+        id: id.into(),
+        bundle,
+        pod: crate::pod_spec::PodConfig {
+            name: "web".into(),
+            shares: crate::pod_spec::HostNamespaces {
+                network: true,
+                pid: true,
+                ipc: true,
+            },
+            ..Default::default()
+        },
+    }
+}
+
+#[tokio::test]
+async fn a_pod_without_a_pause_container_lives_like_one_with() {
+    let mut pod = TestPod::new(Kind::Container);
+    assert!(matches!(
+        pod.sandbox.view_sandbox("pod".into()).await,
+        Err(Error::NotFound(_))
+    ));
+    pod.sandbox.create_sandbox(bare(&pod, "pod")).await.unwrap();
+    let again = pod.sandbox.create_sandbox(bare(&pod, "pod")).await;
+    assert!(matches!(again, Err(Error::AlreadyExists(_))));
+    assert!(!pod.sandbox.view_sandbox("pod".into()).await.unwrap().ready);
+    let pid = pod.sandbox.run(ProcessId::init("pod")).await.unwrap();
+    let view = pod.sandbox.view_sandbox("pod".into()).await.unwrap();
+    assert_eq!((view.ready, view.pid), (true, pid));
+    let as_task = pod.sandbox.state(ProcessId::init("pod")).await;
+    assert!(matches!(as_task, Err(Error::NotFound(_))));
+    assert_eq!(pod.sandbox.view().await.unwrap().info.name, "web");
+
+    pod.create("c", "container").await.unwrap();
+    let config = std::fs::read_to_string(pod.bundle("c").join("config.json")).unwrap();
+    assert!(config.contains("/pod-files/hosts"), "{config}");
+    pod.sandbox.run(ProcessId::init("c")).await.unwrap();
+    // To containerd's subscribers there is one task.
+    pod.expect_events(&["create c", "start c"]).await;
+
+    pod.sandbox.kill("c").await.unwrap();
+    pod.sandbox.kill("pod").await.unwrap();
+    pod.sandbox.kill("pod").await.unwrap();
+    let view = pod.sandbox.view_sandbox("pod".into()).await.unwrap();
+    assert_eq!(view.exit.unwrap().status, 137);
+    assert!(!view.ready);
+    pod.sandbox.close().await.unwrap();
+    pod.expect_events(&["exit container c 137", "delete c"])
+        .await;
+    assert!(!launch_file(&pod.bundle("pod")).exists());
+    pod.driver.await.unwrap();
+}
+
+#[tokio::test]
+async fn closing_a_pod_ends_whatever_is_left_of_it() {
+    let pod = TestPod::new(Kind::Container);
+    pod.sandbox.create_sandbox(bare(&pod, "pod")).await.unwrap();
+    pod.sandbox.run(ProcessId::init("pod")).await.unwrap();
+    for id in ["paused", "kept", "exited", "created"] {
+        pod.create(id, "container").await.unwrap();
+        if id != "created" {
+            pod.sandbox.run(ProcessId::init(id)).await.unwrap();
+        }
+    }
+    pod.sandbox.pause("paused".into()).await.unwrap();
+    let grace = Duration::ZERO;
+    let stop = Operation::Stop { grace };
+    pod.sandbox.operate(stop, "kept").await.unwrap();
+    pod.fake.exit(&ProcessId::init("exited"), 3);
+    pod.sandbox.wait(ProcessId::init("exited")).await.unwrap();
+    pod.sandbox.close().await.unwrap();
+    assert!(pod.fake.containers().is_empty());
+    pod.driver.await.unwrap();
+}
+
+#[tokio::test]
+async fn closing_what_could_not_be_made_ends_the_server() {
+    let pod = TestPod::new(Kind::Machine);
+    let refusal = FakeReply::Fail(Error::InvalidArgument("hostNetwork".into()));
+    pod.fake.next("create", refusal);
+    let created = pod.sandbox.create_sandbox(bare(&pod, "pod")).await;
+    assert!(matches!(created, Err(Error::InvalidArgument(_))));
+    pod.sandbox.close().await.unwrap();
+    pod.driver.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_sandbox_of_another_id_is_refused_by_name() {
+    let pod = TestPod::new(Kind::Container);
+    let error = pod.sandbox.create_sandbox(bare(&pod, "x")).await;
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("sandbox_id: \"x\""), "{error}");
+}
+
+#[tokio::test]
+async fn an_absurd_grace_is_refused_with_the_bound_and_none_is_taken() {
+    let pod = TestPod::running(Kind::Container).await;
+    let stop = |grace| Operation::Stop { grace };
+    let absurd = Duration::from_secs(24 * 3600 + 1);
+    let error = pod.sandbox.operate(stop(absurd), "c").await.unwrap_err();
+    assert!(matches!(error, Error::InvalidArgument(_)));
+    assert!(error.to_string().contains("24 h"), "{error}");
+    pod.sandbox
+        .operate(stop(Duration::ZERO), "c")
+        .await
+        .unwrap();
+    let view = pod.sandbox.view().await.unwrap();
+    let task = view.tasks.iter().find(|task| task.id == "c").unwrap();
+    assert_eq!(task.state, State::Stopped);
+}
+
+// --- Migration -----------------------------------------------------------------------
+
+fn to_node2() -> MigrationParameters {
+    MigrationParameters {
+        destination: "qemu+tls://node2/system".into(),
+        ..MigrationParameters::default()
+    }
+}
+
+impl TestPod {
+    async fn true_states(&self) -> Vec<State> {
+        let view = self.sandbox.view().await.unwrap();
+        view.tasks.into_iter().map(|task| task.state).collect()
+    }
+
+    fn fence(&self) -> Tombstones {
+        Tombstones::new(&self.dir.path().join("cache"))
+    }
+
+    fn is_fenced(&self) -> bool {
+        self.fence().find("k8s.io", "pod", "").is_some()
+    }
+
+    async fn migration_ended(&self) -> Outcome {
+        let mut views = self.sandbox.migration().await.unwrap();
+        let ended = views.wait_for(|view| view.outcome.is_some()).await.unwrap();
+        ended.outcome.clone().unwrap()
+    }
+}
+
+#[tokio::test]
+async fn a_pod_that_moved_ends_with_zero_and_must_not_come_back() {
+    let pod = TestPod::running(Kind::Machine).await;
+    let send = pod.fake.hold("send");
+    assert_eq!(pod.sandbox.migrate(to_node2()).await.unwrap(), 1);
+    assert!(pod.is_fenced(), "the fence is up before it is given away");
+    assert_eq!(pod.true_states().await, [State::Running, State::Migrating]);
+    // At once, and not after the migration.
+    for refused in [
+        pod.sandbox.migrate(to_node2()).await.map(drop),
+        pod.sandbox.pause("pod".into()).await,
+        pod.sandbox.add_exec("c".into(), exec_request("e")).await,
+    ] {
+        let text = refused.unwrap_err().to_string();
+        assert!(text.contains("migrating"), "{text}");
+    }
+    send.send(Ok(())).unwrap();
+    for id in ["c", "pod"] {
+        let exit = pod.sandbox.wait(ProcessId::init(id)).await.unwrap();
+        assert_eq!(exit.status, 0, "{id}");
+    }
+    assert_eq!(pod.migration_ended().await, Outcome::Completed);
+    assert_eq!(pod.true_states().await, [State::Migrated, State::Migrated]);
+    pod.sandbox.delete(ProcessId::init("c")).await.unwrap();
+    pod.sandbox.delete(ProcessId::init("pod")).await.unwrap();
+    assert!(pod.is_fenced());
+    let again = pod.create("pod", "sandbox").await.unwrap_err().to_string();
+    assert!(again.contains("must not run here again"), "{again}");
+}
+
+#[tokio::test]
+async fn a_migration_that_fails_leaves_the_pod_as_it_was() {
+    let pod = TestPod::running(Kind::Container).await;
+    let error = Error::Unavailable("the network is down".into(), None);
+    pod.fake.next("send", FakeReply::Fail(error));
+    pod.sandbox.migrate(to_node2()).await.unwrap();
+    let Outcome::Abandoned(reason) = pod.migration_ended().await else {
+        panic!("not given up");
+    };
+    assert!(reason.contains("network is down"), "{reason}");
+    assert_eq!(pod.true_states().await, [State::Running, State::Running]);
+    assert!(!pod.is_fenced());
+
+    let error = Error::FailedPrecondition("no target waits".into());
+    pod.fake.next("check", FakeReply::Fail(error));
+    let refused = pod.sandbox.migrate(to_node2()).await.unwrap_err();
+    assert!(refused.to_string().contains("no target waits"));
+    assert!(!pod.is_fenced());
+    // A pod with a kept container does not move.
+    let grace = Duration::ZERO;
+    pod.sandbox
+        .operate(Operation::Stop { grace }, "c")
+        .await
+        .unwrap();
+    let refused = pod.sandbox.migrate(to_node2()).await.unwrap_err();
+    assert!(refused.to_string().contains("stopped and kept"));
+}
+
+#[tokio::test]
+async fn a_kill_cancels_the_migration_and_comes_through() {
+    let pod = TestPod::running(Kind::Machine).await;
+    let send = pod.fake.hold("send");
+    pod.sandbox.migrate(to_node2()).await.unwrap();
+    let sandbox = pod.sandbox.clone();
+    let killed = tokio::spawn(async move {
+        sandbox
+            .signal(ProcessId::init("pod"), libc::SIGKILL, false)
+            .await
+    });
+    pod.fake.called("cancel ").await;
+    send.send(Err(Error::Unavailable("aborted".into(), None)))
+        .unwrap();
+    killed.await.unwrap().unwrap();
+    let exit = pod.sandbox.wait(ProcessId::init("pod")).await.unwrap();
+    assert_eq!(exit.status, 137);
+    assert!(!pod.is_fenced());
+}
+
+#[tokio::test]
+async fn a_target_waits_and_becomes_the_pod() {
+    let mut pod = TestPod::new(Kind::Machine);
+    let came = pod.fake.hold("receive");
+    let request = pod.request("pod", "sandbox");
+    let config = pod.bundle("pod").join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let text = text.replacen(
+        "\"annotations\":{",
+        "\"annotations\":{\"dyad.dev/migration-source\":\"u\",",
+        1,
+    );
+    std::fs::write(&config, text).unwrap();
+    pod.sandbox.create(request).await.unwrap();
+    pod.sandbox.run(ProcessId::init("pod")).await.unwrap();
+    pod.create("c", "container").await.unwrap();
+    pod.sandbox.run(ProcessId::init("c")).await.unwrap();
+    assert_eq!(pod.true_states().await, [State::Incoming, State::Incoming]);
+    let exec = pod.sandbox.add_exec("c".into(), exec_request("e")).await;
+    assert!(exec.unwrap_err().to_string().contains("waits for its"));
+
+    pod.fake.brings(
+        PodState::new(vec![ContainerState {
+            name: String::new(),
+            starts: 2,
+        }])
+        .encode(),
+    );
+    came.send(Ok(())).unwrap();
+    let mut transitions = pod.sandbox.watch().unwrap();
+    while pod.true_states().await != [State::Running, State::Running] {
+        transitions.recv().await.unwrap();
+    }
+    assert_eq!(pod.sandbox.view().await.unwrap().tasks[0].starts, 2);
+    pod.expect_events(&["create pod", "start pod", "create c", "start c"])
+        .await;
+}
+
+#[tokio::test]
+async fn a_target_whose_source_fails_has_failed() {
+    let pod = TestPod::new(Kind::Machine);
+    let came = pod.fake.hold("receive");
+    let request = pod.request("pod", "sandbox");
+    let config = pod.bundle("pod").join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let text = text.replacen(
+        "\"annotations\":{",
+        "\"annotations\":{\"dyad.dev/migration-source\":\"u\",",
+        1,
+    );
+    std::fs::write(&config, text).unwrap();
+    pod.sandbox.create(request).await.unwrap();
+    pod.sandbox.run(ProcessId::init("pod")).await.unwrap();
+    came.send(Err(Error::Unavailable("its source gave up".into(), None)))
+        .unwrap();
+    let exit = pod.sandbox.wait(ProcessId::init("pod")).await.unwrap();
+    assert_eq!(exit.status, 255);
+    let states = pod.true_states().await;
+    assert!(matches!(&states[..], [State::Failed(why)] if why.contains("gave up")));
+    pod.sandbox.delete(ProcessId::init("pod")).await.unwrap();
 }

@@ -9,9 +9,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
+pub use dyad_e2e::check::{names, refusal, same};
 use dyad_e2e::command::Done;
 use dyad_e2e::crictl::{ContainerStatus, Crictl, PodStatus};
-use dyad_e2e::env::{Env, LogMark};
+use dyad_e2e::env::{Env, LogMark, Version};
 use dyad_e2e::host::cgroup_parent;
 use dyad_e2e::logs::Logs;
 use dyad_e2e::wait::until;
@@ -33,13 +34,30 @@ pub enum Handler {
     Dyad,
     /// Dyad, machines.
     DyadVm,
+    /// Dyad, containers, without a pause container.
+    DyadSandboxed,
+    /// Dyad, machines, without a pause container.
+    DyadVmSandboxed,
 }
 
 impl Handler {
-    /// All that there are.
+    /// Those that every containerd has.
     pub const ALL: [Self; 3] = [Self::Runc, Self::Dyad, Self::DyadVm];
-    /// Dyad's two.
-    pub const OURS: [Self; 2] = [Self::Dyad, Self::DyadVm];
+    /// Dyad's.
+    pub const OURS: [Self; 4] = [
+        Self::Dyad,
+        Self::DyadVm,
+        Self::DyadSandboxed,
+        Self::DyadVmSandboxed,
+    ];
+    /// All that there are.
+    pub const EVERY: [Self; 5] = [
+        Self::Runc,
+        Self::Dyad,
+        Self::DyadVm,
+        Self::DyadSandboxed,
+        Self::DyadVmSandboxed,
+    ];
 
     /// Its name in containerd's configuration.
     pub fn name(self) -> &'static str {
@@ -47,12 +65,24 @@ impl Handler {
             Self::Runc => "runc",
             Self::Dyad => "dyad",
             Self::DyadVm => "dyad-vm",
+            Self::DyadSandboxed => "dyad-sandboxed",
+            Self::DyadVmSandboxed => "dyad-vm-sandboxed",
         }
     }
 
     /// Its pods are machines.
     pub fn is_machine(self) -> bool {
-        self == Self::DyadVm
+        matches!(self, Self::DyadVm | Self::DyadVmSandboxed)
+    }
+
+    /// Its pods have no pause container.
+    pub fn is_sandboxed(self) -> bool {
+        matches!(self, Self::DyadSandboxed | Self::DyadVmSandboxed)
+    }
+
+    /// Whether this containerd can serve it.
+    pub fn works_on(self, version: Version) -> bool {
+        !self.is_sandboxed() || version >= Version::V2_3
     }
 }
 
@@ -369,30 +399,4 @@ impl Container<'_> {
             .success(&format!("exec of {script}"))?
             .text())
     }
-}
-
-/// The text of the error that was expected.
-pub fn refusal<T>(result: Result<T>) -> Result<String> {
-    match result {
-        Ok(_) => bail!("it was accepted"),
-        Err(error) => Ok(format!("{error:#}")),
-    }
-}
-
-/// `text` must hold every word.
-pub fn names(text: &str, words: &[&str]) -> Result<()> {
-    for word in words {
-        if !text.contains(word) {
-            bail!("{word:?} is not named in: {text}");
-        }
-    }
-    Ok(())
-}
-
-/// Both must be the same.
-pub fn same<T: PartialEq + std::fmt::Debug>(what: &str, is: T, should: T) -> Result<()> {
-    if is != should {
-        bail!("{what} is {is:?} and should be {should:?}");
-    }
-    Ok(())
 }

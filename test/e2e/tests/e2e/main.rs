@@ -8,7 +8,7 @@
 //! `nothing_is_left_on_the_host`. Trials are named `containerd_2_3::dyad_vm::<sentence>`.
 //! The newest version runs all of them, the older ones those marked `short`.
 //!
-//! Environment: `DYAD_E2E_VERSIONS` (`2.3,1.7`), `DYAD_E2E_HANDLERS` (`dyad,dyad-vm`; `runc`
+//! Environment: `DYAD_E2E_VERSIONS` (`2.3,1.7`), `DYAD_E2E_HANDLERS` (`dyad,dyad-vm,dyad-sandboxed`; `runc`
 //! proves the suite itself against containerd's own shim), `DYAD_E2E_DIR` (folder
 //! prefix, default /tmp/dyad-e2e), `DYAD_E2E_NO_BUILD=1` (install what was built last),
 //! `DYAD_E2E_KEEP=1` (leave the environments up).
@@ -54,7 +54,9 @@ fn prepare(args: &mut Arguments) -> Result<(Arc<Stages>, Vec<Trial>)> {
         version.number()
     })?;
     let handlers = match std::env::var_os("DYAD_E2E_HANDLERS") {
-        Some(_) => from_environment("DYAD_E2E_HANDLERS", &Handler::ALL, |handler| handler.name())?,
+        Some(_) => from_environment("DYAD_E2E_HANDLERS", &Handler::EVERY, |handler| {
+            handler.name()
+        })?,
         None => Handler::OURS.to_vec(),
     };
     let selected: Vec<(String, Version, Handler, Case)> = cases(&versions, &handlers)
@@ -119,7 +121,10 @@ fn cases(versions: &[Version], handlers: &[Handler]) -> Vec<(String, Version, Ha
         let mut of_version = Vec::new();
         for case in trials::all() {
             for &handler in handlers {
-                if case.handlers.contains(&handler) && (newest || case.short) {
+                if case.handlers.contains(&handler)
+                    && handler.works_on(version)
+                    && (newest || case.short)
+                {
                     let name = format!(
                         "{}::{}::{}",
                         module(version),

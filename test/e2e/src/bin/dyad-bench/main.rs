@@ -4,6 +4,7 @@
 
 mod containers;
 mod cri;
+mod lifecycle;
 mod machines;
 mod table;
 
@@ -14,8 +15,11 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use dyad_e2e::env::{Build, Env, Version};
 
+/// More of these would only take time.
+const IN_PLACE_RUNS: usize = 5;
+
 /// Measures Dyad against containerd's own runc shim and against plain libvirt, and
-/// prints a Markdown table. Needs root. Takes about 5 minutes with the default counts.
+/// prints a Markdown table. Needs root. Takes about 7 minutes with the default counts.
 #[derive(Parser)]
 #[command(name = "test/bench")]
 struct Arguments {
@@ -56,9 +60,12 @@ async fn measure(env: &Env, arguments: &Arguments) -> Result<String> {
     let mut rows = Vec::new();
     if arguments.runs > 0 {
         rows.extend(containers::measure(env, &mut cri, arguments.runs).await?);
+        rows.extend(lifecycle::containers(env, &mut cri, arguments.runs.min(IN_PLACE_RUNS)).await?);
     }
     if arguments.machine_runs > 0 {
         rows.extend(machines::measure(env, &mut cri, arguments.machine_runs).await?);
+        let runs = arguments.machine_runs.min(IN_PLACE_RUNS);
+        rows.extend(lifecycle::machines(env, &mut cri, runs).await?);
     }
     Ok(format!("{}\n{}", table::render(&rows), host_facts(env)?))
 }

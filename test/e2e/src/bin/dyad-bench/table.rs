@@ -32,6 +32,25 @@ pub fn median(samples: &[f64]) -> f64 {
     }
 }
 
+impl Row {
+    /// How many samples the line stands on; an aim is no sample.
+    fn count(&self) -> usize {
+        match self.yardstick.len() {
+            0 | 1 => self.dyad.len(),
+            length => self.dyad.len().min(length),
+        }
+    }
+}
+
+/// Small figures keep what they say.
+fn figure(value: f64) -> String {
+    if value < 10.0 {
+        format!("{value:.2}")
+    } else {
+        format!("{value:.1}")
+    }
+}
+
 /// A Markdown table.
 pub fn render(rows: &[Row]) -> String {
     let mut out = String::from(
@@ -40,11 +59,13 @@ pub fn render(rows: &[Row]) -> String {
     for row in rows {
         let (yardstick, dyad) = (median(&row.yardstick), median(&row.dyad));
         out.push_str(&format!(
-            "| {} | {} | {yardstick:.1} {unit} | {dyad:.1} {unit} | {:.2} | {} |\n",
+            "| {} | {} | {} {unit} | {} {unit} | {:.2} | {} |\n",
             row.what,
             row.against,
+            figure(yardstick),
+            figure(dyad),
             dyad / yardstick,
-            row.dyad.len().min(row.yardstick.len()),
+            row.count(),
             unit = row.unit,
         ));
     }

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::net::TcpStream;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use dyad_e2e::env::{Build, runs};
@@ -9,14 +10,22 @@ use dyad_e2e::host::Snapshot;
 use dyad_e2e::wait::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 
-use super::{Case, DYAD, MACHINES, case, shim_of};
-use crate::context::{Context, SOON, same};
+use super::{Case, DYAD, EVERY, MACHINES, OURS, case, shim_of};
+use crate::context::{Context, Handler, Pod, SOON, names, same};
+
+/// A trial that makes pods of all handlers itself.
+const ONCE: &[Handler] = &[Handler::Dyad];
 
 pub const CASES: &[Case] = &[
     case!(pods_survive_containerds_kill_and_restart)
+        .on(EVERY)
         .alone()
         .short(),
+    case!(paused_and_kept_pods_of_every_kind_stay_so_over_containerds_restart)
+        .on(ONCE)
+        .alone(),
     // containerd gives up a stock shim whose task has no process left (core/runtime/v2/shim_load.go): 255.
     case!(an_exit_while_containerd_is_down_is_told_afterwards)
         .on(DYAD)
@@ -24,7 +33,7 @@ pub const CASES: &[Case] = &[
     case!(machines_survive_libvirtds_kill_and_restart)
         .on(MACHINES)
         .alone(),
-    case!(a_killed_shim_is_cleaned_up).on(DYAD).alone().short(),
+    case!(a_killed_shim_is_cleaned_up).on(OURS).alone().short(),
 ];
 
 fn pods_survive_containerds_kill_and_restart(context: &Context<'_>) -> Result<()> {
@@ -45,6 +54,112 @@ fn pods_survive_containerds_kill_and_restart(context: &Context<'_>) -> Result<()
     context.crictl.stop(&container.id, 30)?;
     same("exit code", container.status()?.exit_code, 42)?;
     pod.remove()
+}
+
+/// How long nothing may change after a restart: CRI and kubelet look again within a minute.
+const WATCHED: Duration = Duration::from_secs(60);
+const BETWEEN: Duration = Duration::from_secs(5);
+
+/// A pod with one container, and the state it was brought to.
+struct Kept<'a> {
+    pod: Pod<'a>,
+    container: String,
+    address: String,
+    state: &'static str,
+    wake: &'static str,
+}
+
+impl Kept<'_> {
+    /// As crictl and dyadctl see it now.
+    fn check(&self, context: &Context<'_>) -> Result<()> {
+        let name = self.pod.name();
+        let pod = self.pod.status()?;
+        same(&format!("{name}: pod"), pod.state.as_str(), "SANDBOX_READY")?;
+        same(&format!("{name}: address"), &pod.ip, &self.address)?;
+        let container = context.crictl.status(&self.container)?;
+        same(
+            &format!("{name}: container, {}", self.state),
+            container.state.as_str(),
+            "CONTAINER_RUNNING",
+        )?;
+        let state = context
+            .env
+            .dyadctl(&["state", &self.pod.id, "-o", "json"])?;
+        let state = state.success("dyadctl state")?.text();
+        names(&state, &[&format!("\"{}\"", self.state)])
+    }
+}
+
+fn kept<'a>(
+    context: &'a Context<'_>,
+    handler: Handler,
+    (state, verb, wake): (&'static str, &'static str, &'static str),
+) -> Result<Kept<'a>> {
+    let mut config = context.pod_config();
+    config["metadata"]["name"] = json!(format!("{}-{state}", handler.name()));
+    let pod = context.run_pod(handler, config)?;
+    let container =
+        pod.run("trap 'exit 42' TERM; echo started; while :; do sleep 1000 & wait $!; done")?;
+    container.says("started")?;
+    let (container, address) = (container.id.clone(), pod.status()?.ip);
+    if !verb.is_empty() {
+        let done = context.env.dyadctl(&[verb, &pod.id])?;
+        done.success(&format!("dyadctl {verb}"))?;
+    }
+    Ok(Kept {
+        pod,
+        container,
+        address,
+        state,
+        wake,
+    })
+}
+
+/// All pods of all kinds and states at once, so that the minute is waited for once.
+fn paused_and_kept_pods_of_every_kind_stay_so_over_containerds_restart(
+    context: &Context<'_>,
+) -> Result<()> {
+    let mut all = Vec::new();
+    for &handler in OURS {
+        for state in [
+            ("running", "", ""),
+            ("paused", "pause", "resume"),
+            ("stopped", "stop", "start"),
+        ] {
+            // Running ones are the next trial's.
+            if !(handler.is_sandboxed() && state.1.is_empty()) {
+                all.push(kept(context, handler, state)?);
+            }
+        }
+    }
+    context.env.kill_and_restart("containerd")?;
+    let end = Instant::now() + WATCHED;
+    while Instant::now() < end {
+        for pod in &all {
+            pod.check(context)?;
+        }
+        std::thread::sleep(BETWEEN);
+    }
+    for pod in &all {
+        if !pod.wake.is_empty() {
+            let done = context.env.dyadctl(&[pod.wake, &pod.pod.id])?;
+            done.success(&format!("dyadctl {} {}", pod.wake, pod.pod.name()))?;
+        }
+        let exec = context.crictl.exec(&pod.container, &["echo", "again"])?;
+        same(
+            "exec",
+            exec.success(pod.pod.name())?.text().as_str(),
+            "again\n",
+        )?;
+        context.crictl.stop(&pod.container, 30)?;
+        same(
+            &format!("{}: exit code", pod.pod.name()),
+            context.crictl.status(&pod.container)?.exit_code,
+            42,
+        )?;
+        pod.pod.remove()?;
+    }
+    Ok(())
 }
 
 fn an_exit_while_containerd_is_down_is_told_afterwards(context: &Context<'_>) -> Result<()> {
@@ -70,10 +185,25 @@ fn an_exit_while_containerd_is_down_is_told_afterwards(context: &Context<'_>) ->
 }
 
 fn machines_survive_libvirtds_kill_and_restart(context: &Context<'_>) -> Result<()> {
-    let pod = context.pod()?;
+    let (pod, doomed) = (context.pod()?, context.pod()?);
     let container = pod.run("trap 'exit 42' TERM; echo started; sleep 1000 & wait")?;
     container.says("started")?;
-    context.env.kill_and_restart("libvirtd")?;
+    let lost = doomed.idle()?;
+    let qemu = doomed.status()?.all["info"]["pid"].as_i64();
+    let qemu = Pid::from_raw(i32::try_from(qemu.context("no pid")?)?);
+    let libvirtd = context.env.daemon("libvirtd")?;
+    kill(libvirtd, Signal::SIGKILL)?;
+    until(SOON, "libvirtd to be gone", || {
+        Ok((!runs(libvirtd)).then_some(()))
+    })?;
+    // What happens while nobody tells is seen afterwards.
+    kill(qemu, Signal::SIGKILL)?;
+    context.env.refresh(Build::AsIs)?;
+    same("exit code is 0", lost.exited()?.exit_code == 0, false)?;
+    until(SOON, "the ended machine's pod to be not ready", || {
+        Ok((doomed.status()?.state == "SANDBOX_NOTREADY").then_some(()))
+    })?;
+    doomed.remove()?;
 
     same("exec", container.output("echo again")?.as_str(), "again\n")?;
     same("output", pod.output_of("echo new")?.as_str(), "new\n")?;

@@ -18,14 +18,14 @@ pub const CASES: &[Case] = &[
 ];
 
 /// A running `ctr events`.
-struct Events {
+pub(super) struct Events {
     ctr: Child,
     file: PathBuf,
 }
 
 impl Events {
     /// Listens; returns when events do arrive.
-    fn listen(context: &Context<'_>) -> Result<Self> {
+    pub(super) fn listen(context: &Context<'_>) -> Result<Self> {
         let file = context
             .folder(&format!(
                 "events-{}",
@@ -72,7 +72,7 @@ impl Events {
             .collect())
     }
 
-    fn expect(&self, container: &str, expected: &[&str]) -> Result<()> {
+    pub(super) fn expect(&self, container: &str, expected: &[&str]) -> Result<()> {
         let mut seen = Vec::new();
         until(SOON, "the events", || {
             seen = self.of(container)?;

@@ -10,6 +10,7 @@ mod bad_input;
 mod critest;
 mod daemons;
 mod delete;
+mod dyadctl;
 mod events;
 mod exec;
 mod files;
@@ -17,15 +18,23 @@ mod in_place;
 mod kinds;
 mod lifecycle;
 mod network;
+mod outside;
 mod outside_cri;
 mod process;
 mod resources;
+mod sandboxed;
 mod stdio;
 
 /// Handlers whose pods are containers.
 pub const CONTAINERS: &[Handler] = &[Handler::Runc, Handler::Dyad];
 /// Dyad's handlers.
 pub const DYAD: &[Handler] = &[Handler::Dyad, Handler::DyadVm];
+/// Dyad's, with and without a pause container.
+pub const OURS: &[Handler] = &Handler::OURS;
+/// Dyad's without a pause container.
+pub const SANDBOXED: &[Handler] = &[Handler::DyadSandboxed, Handler::DyadVmSandboxed];
+/// All, with and without a pause container.
+pub const EVERY: &[Handler] = &Handler::EVERY;
 /// Dyad's machines.
 pub const MACHINES: &[Handler] = &[Handler::DyadVm];
 
@@ -106,6 +115,7 @@ pub fn all() -> Vec<Case> {
     [
         lifecycle::CASES,
         in_place::CASES,
+        dyadctl::CASES,
         exec::CASES,
         stdio::CASES,
         process::CASES,
@@ -113,7 +123,9 @@ pub fn all() -> Vec<Case> {
         network::CASES,
         resources::CASES,
         kinds::CASES,
+        sandboxed::CASES,
         events::CASES,
+        outside::CASES,
         outside_cri::CASES,
         critest::CASES,
         delete::CASES,

@@ -1,16 +1,19 @@
 //! A pod has the network that CNI gave it, whatever runs it.
 
 use anyhow::{Context as _, Result};
+use dyad_e2e::forward::Forward;
+use dyad_e2e::wait::until;
 use serde_json::json;
 
-use super::{Case, case};
-use crate::context::{Context, Handler, Pod, names, same};
+use super::{Case, EVERY, case};
+use crate::context::{Context, Handler, Pod, SOON, names, same};
 
 pub const CASES: &[Case] = &[
-    case!(two_containers_of_a_pod_talk_over_localhost),
+    case!(two_containers_of_a_pod_talk_over_localhost).on(EVERY),
     case!(pods_reach_each_other_by_ping_and_tcp_both_ways).short(),
     case!(address_mac_mtu_and_routes_are_as_cni_gave_them).short(),
-    case!(hostname_and_dns_are_as_the_pod_says),
+    case!(hostname_and_dns_are_as_the_pod_says).on(EVERY),
+    case!(ports_are_forwarded_to_whatever_listens_on_the_pod_s_localhost).short(),
 ];
 
 /// A web server on port 8080 that says `dyad`.
@@ -36,7 +39,7 @@ fn pods_reach_each_other_by_ping_and_tcp_both_ways(context: &Context<'_>) -> Res
     // The other one is a container pod, also where this one is a machine.
     let other = match context.handler {
         Handler::Runc => Handler::Runc,
-        Handler::Dyad | Handler::DyadVm => Handler::Dyad,
+        _ => Handler::Dyad,
     };
     let (this, other) = (
         context.pod()?,
@@ -94,4 +97,30 @@ fn hostname_and_dns_are_as_the_pod_says(context: &Context<'_>) -> Result<()> {
         out.as_str(),
         "named\nnamed\nsearch a.example b.example\nnameserver 192.0.2.53\nnameserver 192.0.2.54\noptions ndots:3\n",
     )
+}
+
+fn ports_are_forwarded_to_whatever_listens_on_the_pod_s_localhost(
+    context: &Context<'_>,
+) -> Result<()> {
+    let pod = context.pod()?;
+    let ports = [("127.0.0.1:8080", 8080), ("0.0.0.0:8081", 8081)];
+    // The second container's server comes when its port is forwarded already.
+    let _first = pod.run(&format!("exec httpd -f -p {} -h /var/www", ports[0].0))?;
+    let forwards = [
+        Forward::start(&context.crictl, &pod.id, ports[0].1)?,
+        Forward::start(&context.crictl, &pod.id, ports[1].1)?,
+    ];
+    let _second = pod.run(&format!("exec httpd -f -p {} -h /var/www", ports[1].0))?;
+    for ((listens, port), forward) in ports.iter().zip(&forwards) {
+        // crictl of 1.36 ends with the first connection that is refused: then anew.
+        until(SOON, &format!("an answer of {listens}"), || {
+            let answer = match forward.get() {
+                Ok(answer) if !answer.is_empty() => answer,
+                _ => Forward::start(&context.crictl, &pod.id, *port)?.get()?,
+            };
+            Ok(answer.ends_with("dyad\n").then_some(()))
+        })?;
+    }
+    let nobody = Forward::start(&context.crictl, &pod.id, 8082)?;
+    same("answer where nobody listens", nobody.get()?.as_str(), "")
 }

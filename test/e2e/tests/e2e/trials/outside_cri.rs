@@ -45,7 +45,7 @@ fn run(context: &Context<'_>, flags: &[&str], id: &str, program: &[&str]) -> Res
     let config = context.env.config_file("dyad").display().to_string();
     let runtime = match context.handler {
         Handler::Runc => vec!["--runtime", "io.containerd.runc.v2"],
-        Handler::Dyad | Handler::DyadVm => {
+        _ => {
             vec![
                 "--runtime",
                 "io.containerd.dyad.v2",

@@ -4,12 +4,13 @@ use anyhow::{Context as _, Result, bail};
 use dyad_e2e::wait::until;
 use serde_json::{Value, json};
 
-use super::{Case, case};
-use crate::context::{Container, Context, SOON, same};
+use super::{Case, MACHINES, case};
+use crate::context::{Container, Context, SOON, names, refusal, same};
 
 pub const CASES: &[Case] = &[
     case!(limits_are_seen_in_the_containers_cgroup).short(),
     case!(limits_are_updated_while_it_runs),
+    case!(a_running_machine_follows_the_limits_of_its_containers).on(MACHINES),
     case!(a_process_over_its_memory_limit_is_oom_killed).short(),
     case!(stats_tell_cpu_and_memory_of_container_and_pod).short(),
     case!(pids_of_a_task_are_listed),
@@ -73,6 +74,72 @@ fn limits_are_updated_while_it_runs(context: &Context<'_>) -> Result<()> {
         limits(&container)?,
         (96 * MIB, "20000 100000".to_owned()),
     )
+}
+
+fn a_running_machine_follows_the_limits_of_its_containers(context: &Context<'_>) -> Result<()> {
+    let size = |memory: u64, cpus: u64| json!({"memory_limit_in_bytes": memory * MIB, "cpu_quota": cpus * 100_000, "cpu_period": 100_000});
+    let pod = context.pod_with(|config| config["linux"]["resources"] = size(256, 1))?;
+    let container = pod.run_with("trap 'exit 0' TERM; sleep 1000 & wait", |config| {
+        config["linux"]["resources"] = size(128, 1);
+    })?;
+    let update = |memory: u64, cpus: u64| {
+        let (memory, quota) = ((memory * MIB).to_string(), (cpus * 100_000).to_string());
+        context.crictl.update(
+            &container.id,
+            &[
+                "--memory",
+                &memory,
+                "--cpu-quota",
+                &quota,
+                "--cpu-period",
+                "100000",
+            ],
+        )
+    };
+    // The guest's CPUs and, in MiB, its memory: less than the machine's by what its kernel takes.
+    let guest = || -> Result<(u64, u64)> {
+        let out =
+            container.output("nproc; sed -n 's/^MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo")?;
+        let mut numbers = out.lines().map(str::parse);
+        let (cpus, kib) = (numbers.next(), numbers.next());
+        let (cpus, kib) = cpus.zip(kib).with_context(|| format!("{out:?}"))?;
+        Ok((cpus?, kib? >> 10))
+    };
+    let told = || Ok::<_, anyhow::Error>(context.env.dyadctl(&["state", &pod.id])?.text());
+    let (_, at_boot) = guest()?;
+    let host_cpus = std::thread::available_parallelism()?.get() as u64;
+    let two = host_cpus.min(2);
+    for (memory, cpus, machine) in [
+        (384, two, 512),
+        (128, 1, 256),
+        (64, 1, 192),
+        (192, two, 320),
+    ] {
+        update(memory, cpus)?;
+        let should = at_boot + machine - 256;
+        let (seen_cpus, seen) = guest()?;
+        same("vCPUs", seen_cpus, cpus)?;
+        if seen.abs_diff(should) > 4 {
+            bail!("the guest has {seen} MiB and should have {should}");
+        }
+        names(
+            &told()?,
+            &[&format!("{cpus} vCPU"), &format!("{machine} MiB")],
+        )?;
+        same(
+            "own limits",
+            limits(&container)?,
+            (memory * MIB, format!("{}00000 100000", cpus)),
+        )?;
+    }
+    names(&refusal(update(64 << 20, 1))?, &["from 96 to", "MiB"])?;
+    names(&refusal(update(128, 500))?, &["500 vCPUs", "from 1 to"])?;
+    for verb in ["stop", "start"] {
+        context.env.dyadctl(&[verb, &pod.id])?.success(verb)?;
+    }
+    names(&told()?, &["320 MiB"])?;
+    same("vCPUs after a stop and a start", guest()?.0, two)?;
+    same("own limits", limits(&container)?.0, 192 * MIB)
 }
 
 fn a_process_over_its_memory_limit_is_oom_killed(context: &Context<'_>) -> Result<()> {
