@@ -21,7 +21,7 @@ use dyad_runtime_handler::cgroup::{Cgroup, Hierarchies, OomWatch};
 use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::handler::{EventSender, Instance, ProcessId};
 use dyad_runtime_handler::pump::{Ends, Pump, Unread};
-use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, Role, RootMount, Stdio};
+use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, RootMount, Stdio};
 use dyad_runtime_handler::stats::Stats;
 use oci_spec::runtime::Process as OciProcess;
 
@@ -38,7 +38,7 @@ const KILL_BOUND: Duration = Duration::from_secs(20);
 
 pub(crate) struct Container {
     facts: Facts,
-    /// What it has for others: Kubernetes' name, its role, its root, its streams.
+    /// What it has for others: Kubernetes' name, its root, its streams.
     pub(crate) about: About,
     runtime: Runtime,
     hierarchies: Arc<Hierarchies>,
@@ -54,7 +54,6 @@ pub(crate) struct Container {
 #[derive(Debug)]
 pub(crate) struct About {
     pub name: String,
-    pub role: Role,
     pub mounts: Vec<RootMount>,
     /// Whether it has them: stdin, stdout, stderr.
     pub stdio: [bool; 3],
@@ -107,7 +106,6 @@ impl Container {
         let ContainerSpec {
             bundle,
             name,
-            role,
             rootfs: mounts,
             stdio,
             ..
@@ -117,7 +115,6 @@ impl Container {
             facts,
             about: About {
                 name,
-                role,
                 mounts: mounts.clone(),
                 stdio: [
                     stdio.stdin.is_some(),

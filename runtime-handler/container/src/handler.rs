@@ -42,7 +42,9 @@ pub struct Containers {
     pub(crate) source: OnceLock<String>,
     /// Its source has come.
     source_came: AtomicBool,
-    /// The sandbox and its containers, those that were deleted among them.
+    /// What holds the pod's namespaces, and its id.
+    sandbox: Mutex<Option<(String, Weak<dyn Instance>)>>,
+    /// The pod's containers, those that were deleted among them.
     pub(crate) pod: Mutex<Vec<Weak<Container>>>,
     /// The migration under way.
     pub(crate) job: Mutex<Option<Arc<Job>>>,
@@ -91,6 +93,7 @@ impl Containers {
             identity: OnceLock::new(),
             source: OnceLock::new(),
             source_came: AtomicBool::new(false),
+            sandbox: Mutex::new(None),
             pod: Mutex::default(),
             job: Mutex::default(),
         })
@@ -138,23 +141,30 @@ impl RuntimeHandler for Containers {
     async fn create(&self, spec: ContainerSpec) -> Result<Arc<dyn Instance>> {
         check_name("container id", &spec.id)?;
         let root = self.pod_root(&spec.containerd_namespace, &spec.pod.sandbox_id)?;
-        if spec.role == Role::Sandbox && spec.oci.process().is_none() {
-            let state = root.join(&spec.id);
-            let hierarchies = self.hierarchies()?;
-            let holder = Holder::create(&spec, hierarchies, &self.reaper, &self.events, state);
-            return Ok(Arc::new(holder.await?));
-        }
-        let runtime = self.runtime(root, spec.oci.version()).await?;
-        let hierarchies = Arc::clone(self.hierarchies()?);
         let is_sandbox = spec.role == Role::Sandbox;
         if is_sandbox {
             self.meet(&spec);
         }
+        if is_sandbox && spec.oci.process().is_none() {
+            let state = root.join(&spec.id);
+            let hierarchies = self.hierarchies()?;
+            let holder = Holder::create(&spec, hierarchies, &self.reaper, &self.events, state);
+            let sandbox: Arc<dyn Instance> = Arc::new(holder.await?);
+            self.note_sandbox(&spec.id, &sandbox);
+            return Ok(sandbox);
+        }
+        let runtime = self.runtime(root, spec.oci.version()).await?;
+        let hierarchies = Arc::clone(self.hierarchies()?);
         let incoming = !is_sandbox && self.awaits_source();
         let events = self.events.clone();
         let container = Container::create(spec, runtime, hierarchies, events, incoming).await?;
         let container = Arc::new(container);
-        lock(&self.pod).push(Arc::downgrade(&container));
+        if is_sandbox {
+            let sandbox: Arc<dyn Instance> = container.clone();
+            self.note_sandbox(container.id(), &sandbox);
+        } else {
+            lock(&self.pod).push(Arc::downgrade(&container));
+        }
         Ok(container)
     }
 
@@ -211,12 +221,15 @@ impl Containers {
         self.source_came.store(true, Ordering::Relaxed);
     }
 
-    /// The pause container.
-    pub(crate) fn sandbox(&self) -> Option<Arc<Container>> {
-        lock(&self.pod)
-            .iter()
-            .filter_map(Weak::upgrade)
-            .find(|container| container.about.role == Role::Sandbox)
+    fn note_sandbox(&self, id: &str, sandbox: &Arc<dyn Instance>) {
+        *lock(&self.sandbox) = Some((id.to_owned(), Arc::downgrade(sandbox)));
+    }
+
+    /// What holds the pod's namespaces: its id and pid.
+    pub(crate) fn sandbox(&self) -> Option<(String, u32)> {
+        let sandbox = lock(&self.sandbox);
+        let (id, instance) = sandbox.as_ref()?;
+        Some((id.clone(), instance.upgrade()?.pid()?))
     }
 }
 

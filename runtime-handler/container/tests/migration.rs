@@ -446,8 +446,10 @@ fn a_connection_that_breaks_leaves_the_pod_running_once() {
                 let parameters = to(&between);
                 let migration = a.migration();
                 tokio::select! {
-                    sent = migration.send(&parameters, Vec::new(), sender) => sent,
+                    biased;
+                    // First: it listens before the source comes.
                     () = proxy(&between, &socket, cut) => unreachable!(),
+                    sent = migration.send(&parameters, Vec::new(), sender) => sent,
                 }
             };
             let (sent, received) = tokio::join!(send, b.migration().receive());

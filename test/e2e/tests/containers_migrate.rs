@@ -2,6 +2,7 @@
 //! up by `hack/up --nodes 2` in `$DYAD_E2E_DIR-nodes`, and takes them down.
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -147,7 +148,8 @@ impl<'a> Pod<'a> {
             .dir
             .join(format!("dyad/run/migration/{source}.sock"));
         until(SOON, "the target to wait", || {
-            Ok(path.exists().then_some(()))
+            // A file that an earlier one left is no listener.
+            Ok(UnixStream::connect(&path).ok().map(drop))
         })?;
         Ok(format!("unix://{}", path.display()))
     }

@@ -40,7 +40,6 @@ use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::migration::{
     Arrival, Hurry, Migration, MigrationParameters, MigrationProgress, Sent,
 };
-use dyad_runtime_handler::spec::Role;
 use tokio::sync::watch;
 use uuid::Uuid;
 
@@ -172,7 +171,6 @@ impl Containers {
         pod.retain(|container| container.strong_count() > 0);
         pod.iter()
             .filter_map(std::sync::Weak::upgrade)
-            .filter(|container| container.about.role == Role::Container)
             // A deleted one may be held still.
             .filter(|container| container.is_incoming() || container.init().is_ok())
             .map(|container| (container.about.name.clone(), container))

@@ -24,6 +24,9 @@ use crate::handler::Containers;
 
 /// How long the target may look at its image and volumes.
 const ANSWER: Duration = Duration::from_secs(60);
+/// How long one question for the outcome waits: a target that restores does not answer yet,
+/// and one that died while it was asked never does.
+const ASK: Duration = Duration::from_secs(10);
 /// Between two questions for the outcome.
 const AGAIN: Duration = Duration::from_secs(1);
 /// A target whose shim is gone keeps no container for longer: containerd has cleaned up
@@ -271,7 +274,7 @@ impl Containers {
             let _ = wire.send(&Message::Known).await;
             Ok(outcome)
         };
-        timeout(ANSWER, ask)
+        timeout(ASK, ask)
             .await
             .unwrap_or_else(|_| Err(Error::DeadlineExceeded("the target does not answer".into())))
             .map_err(Failed::Other)

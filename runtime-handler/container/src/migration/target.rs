@@ -169,8 +169,8 @@ impl Containers {
                 .bytes
                 .min(super::free_bytes(&container.layers()?.upper)?);
         }
-        if let Some(sandbox) = self.sandbox() {
-            own.addresses = super::addresses_of(sandbox.init()?.process.pid)?;
+        if let Some((_, pid)) = self.sandbox() {
+            own.addresses = super::addresses_of(pid)?;
         }
         Ok(own)
     }
@@ -209,8 +209,8 @@ impl Containers {
                 container.release().await?;
             }
         }
-        if let Some(sandbox) = self.sandbox() {
-            processes.push((ProcessId::init(sandbox.id()), sandbox.init()?.process.pid));
+        if let Some((id, pid)) = self.sandbox() {
+            processes.push((ProcessId::init(id), pid));
         }
         Ok(Arrival {
             pod: given.pod,
