@@ -10,7 +10,7 @@
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use dyad_runtime_handler::config::ContainerConfig;
 use dyad_runtime_handler::error::{Context, Error, Result};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::rustls::crypto::ring::default_provider;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -33,6 +33,8 @@ use super::wire::Wire;
 
 /// For a connection and for its handshake.
 const CONNECT: Duration = Duration::from_secs(10);
+/// How long a pod that waited for the same source, and is being deleted, may take to go.
+const LEAVING: Duration = Duration::from_secs(5);
 /// A peer whose host is gone is noticed after this.
 const DEAD: Duration = Duration::from_secs(30);
 
@@ -222,13 +224,34 @@ pub(crate) struct Listener {
     _files: Files,
 }
 
-struct Files(Vec<PathBuf>);
+/// Paths, with what was made there: its inode, whose number may be given to the next
+/// file, and its change time.
+#[derive(Default)]
+struct Files(Vec<(PathBuf, Made)>);
+
+type Made = (u64, i64, i64);
+
+fn made(path: &Path) -> io::Result<Made> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
+}
+
+impl Files {
+    fn add(&mut self, path: PathBuf) -> io::Result<()> {
+        let made = made(&path)?;
+        self.0.push((path, made));
+        Ok(())
+    }
+}
 
 impl Drop for Files {
     fn drop(&mut self) {
-        for file in &self.0 {
-            // What stays is replaced by the next who waits.
-            let _ = fs::remove_file(file);
+        for (path, ours) in &self.0 {
+            // Another pod may wait there by now.
+            if made(path).is_ok_and(|there| there == *ours) {
+                // What stays is replaced by the next who waits.
+                let _ = fs::remove_file(path);
+            }
         }
     }
 }
@@ -245,17 +268,23 @@ impl Listener {
             .create(dir)
             .context(|| format!("make {}", dir.display()))?;
         let path = dir.join(format!("{source}.sock"));
-        if UnixStream::connect(&path).await.is_ok() {
-            return Err(Error::FailedPrecondition(format!(
-                "another pod of this node waits for {source} already: delete one of them"
-            )));
+        let since = Instant::now();
+        while UnixStream::connect(&path).await.is_ok() {
+            if since.elapsed() >= LEAVING {
+                return Err(Error::FailedPrecondition(format!(
+                    "another pod of this node waits for {source} already: delete one of them"
+                )));
+            }
+            sleep(LEAVING / 20).await;
         }
-        let mut files = Files(Vec::new());
+        let mut files = Files::default();
         let _ = fs::remove_file(&path);
         let unix = UnixListener::bind(&path).context(|| format!("listen on {}", path.display()))?;
-        files.0.push(path.clone());
         fs::set_permissions(&path, Permissions::from_mode(0o600))
             .context(|| format!("make {} root's", path.display()))?;
+        files
+            .add(path.clone())
+            .context(|| format!("look at {}", path.display()))?;
         let net = match &config.migration_listen {
             None => None,
             Some(uri) => {
@@ -263,7 +292,9 @@ impl Listener {
                 let file = path.with_extension("address");
                 fs::write(&file, format!("{address}\n"))
                     .context(|| format!("write {}", file.display()))?;
-                files.0.push(file);
+                files
+                    .add(file)
+                    .context(|| "look at the address file".into())?;
                 log::info!("waiting for {source} on {address}");
                 Some((listener, tls))
             }
@@ -406,8 +437,9 @@ mod tests {
             .err()
             .unwrap();
         assert!(again.to_string().contains("another pod"), "{again}");
-        // It looked whether somebody is there.
-        assert!(listener.accept().await.receive().await.is_err());
+        // It looked whether somebody is there, several times.
+        let looks = async { while listener.accept().await.receive().await.is_err() {} };
+        assert!(timeout(Duration::from_millis(100), looks).await.is_err());
         let destination = Destination::Unix(path.clone());
         let (mut here, mut there) = tokio::join!(
             async { connect(&destination, &config).await.unwrap() },
