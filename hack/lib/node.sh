@@ -96,6 +96,9 @@ up_nodes() {
     mkdir -p "$parent"
     touch "$parent/.dyad-nodes"
     allow_post_copy
+    umask 0022
+    # Before any node's namespace is made: each sees the others' sockets, which unix:// streams connect to.
+    for ((number = 1; number <= count; number++)); do mount_state "$parent/n$number"; done
     for ((number = 1; number <= count; number++)); do
         dir=$parent/n$number
         mkdir -p "$dir"

@@ -41,6 +41,15 @@ start_daemon() {
     printf '%s %s\n' "$pid" "$(start_time "$pid")" >"$dir/pid/$name"
 }
 
+# mount_state DIR: what a host has in memory.
+mount_state() {
+    local state
+    for state in "$1/dyad/run" "$1/containerd/state"; do
+        mkdir -p "$state"
+        mountpoint -q "$state" || mount -t tmpfs -o mode=0755 tmpfs "$state"
+    done
+}
+
 # daemon_pid DIR NAME: the pid of that daemon if it is alive, else fails.
 daemon_pid() {
     local pid started

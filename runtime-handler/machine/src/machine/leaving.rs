@@ -228,6 +228,7 @@ impl Machine {
                 images.insert(container.image_serial(), offered.image.clone());
             }
         }
+        let plan = lock(&self.plan).clone();
         let record = Record {
             version: offer::VERSION,
             containers: self
@@ -241,12 +242,12 @@ impl Machine {
                     (name, traveller)
                 })
                 .collect(),
-            images: lock(&self.plan)
+            images: plan
                 .images
                 .iter()
                 .map(|disk| (disk.serial.clone(), disk.unit))
                 .collect(),
-            reached: self.reached(),
+            reached: plan.reached,
             macs: ready.found.macs.clone(),
             kernel_release: lock(&self.kernel_release).clone(),
             events_after: self.events_after.load(Ordering::Relaxed),
