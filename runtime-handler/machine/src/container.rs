@@ -298,7 +298,12 @@ impl Container {
                     if process.exec.is_none() {
                         container.save_termination(&agent).await;
                     }
-                    agent.taken(&process, LAST_WORDS).await;
+                    // The guest's streams go by its own id.
+                    let in_guest = ProcessId {
+                        container: guest_id,
+                        exec: process.exec.clone(),
+                    };
+                    agent.taken(&in_guest, LAST_WORDS).await;
                     container.machine.finished(&process, exit);
                 }
                 Err(error) => debug!("wait for {process}: {}", error.chain()),

@@ -29,7 +29,7 @@ const REFUSED: i32 = 4;
 
 /// Counts on stdout, and to whoever connects.
 const COUNT: &str = "(while :; do nc -l -p 7000 -e sh -c \
-     'i=0; while :; do echo t $i; i=$((i+1)); sleep 0.1; done'; done) & \
+     'i=0; while :; do echo t $i || exit; i=$((i+1)); sleep 0.1; done'; done) & \
      i=0; while :; do echo n $i; i=$((i+1)); sleep 0.1; done";
 
 /// Both nodes; down when dropped.
@@ -98,14 +98,16 @@ impl<'a> Pod<'a> {
 
     fn run_with(env: &'a Env, source: Option<&str>, container: &str) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("m{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        // An environment that was kept has the logs and the fences of earlier runs.
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("m{}-{number}", std::process::id());
         let dir = env.dir.join("log/pods").join(&name);
         let mut annotations = json!({"dyad.dev/disk": "1Gi"});
         if let Some(source) = source {
             annotations["dyad.dev/migration-source"] = source.into();
         }
         let config = json!({
-            "metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}-{}", std::process::id())},
+            "metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}")},
             "hostname": "counter",
             "log_directory": dir,
             "annotations": annotations,
@@ -241,6 +243,13 @@ impl Drop for Pod<'_> {
     }
 }
 
+/// A connection to a pod's counter, which may still be beginning to listen.
+fn connected(ip: &str) -> Result<TcpStream> {
+    until(SOON, &format!("port 7000 of {ip}"), || {
+        Ok(TcpStream::connect((ip, 7000)).ok())
+    })
+}
+
 /// Every number once and in order, over both logs.
 fn seamless(first: &Pod<'_>, second: &Pod<'_>) -> Result<()> {
     let numbers = [first.numbers()?, second.numbers()?].concat();
@@ -293,7 +302,7 @@ fn failed(done: &Done, words: &[&str]) -> Result<()> {
 fn an_idle_machine_moves_without_a_seam([n1, n2]: [&Env; 2]) -> Result<()> {
     let source = Pod::counting(n1)?;
     let machine = source.machine()?;
-    let stream = TcpStream::connect((source.ip()?.as_str(), 7000))?;
+    let stream = connected(&source.ip()?)?;
     stream.set_read_timeout(Some(SOON))?;
     let mut lines = BufReader::new(stream).lines();
     for expected in 0..5 {
@@ -324,7 +333,9 @@ fn an_idle_machine_moves_without_a_seam([n1, n2]: [&Env; 2]) -> Result<()> {
         .exec(&target.container, &["sh", "-c", "ip -4 addr; exit 7"])?;
     ensure!(exec.stderr.contains("exit code 7"), "{}", exec.stderr);
     ensure!(exec.text().contains(&target.ip()?), "{}", exec.text());
-    drop(TcpStream::connect((target.ip()?.as_str(), 7000))?);
+    // One connection at a time is served.
+    drop(lines);
+    connected(&target.ip()?)?;
     ensure!(target.machine()? == machine, "the machine has another name");
 
     let status = until(SOON, "the source to end", || {
