@@ -28,7 +28,8 @@ impl Events {
     pub(super) fn listen(context: &Context<'_>) -> Result<Self> {
         let file = context
             .folder(&format!(
-                "events-{}",
+                "events-{}-{}",
+                context.handler.name(),
                 std::thread::current().name().unwrap_or_default()
             ))?
             .join("log");
