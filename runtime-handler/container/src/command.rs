@@ -48,9 +48,11 @@ pub(crate) enum Command<'a> {
     Update {
         id: &'a str,
     },
-    /// Removes it whatever its state, and succeeds if there is none.
+    /// Removes one without processes; with `force` whatever its state, also if there is
+    /// none.
     Delete {
         id: &'a str,
+        force: bool,
     },
     /// Writes what it is to `images`; it stays as it was, frozen if it was frozen.
     Checkpoint {
@@ -143,8 +145,11 @@ impl Command<'_> {
             Self::Update { id } => {
                 argv.option("--resources", "-").word(id);
             }
-            Self::Delete { id } => {
-                argv.word("--force").word(id);
+            Self::Delete { id, force } => {
+                if *force {
+                    argv.word("--force");
+                }
+                argv.word(id);
             }
             Self::Start { id } | Self::Pause { id } | Self::Resume { id } => {
                 argv.word(id);
@@ -337,7 +342,8 @@ mod tests {
             (Command::Pause { id }, "pause web"),
             (Command::Resume { id }, "resume web"),
             (Command::Update { id }, "update --resources - web"),
-            (Command::Delete { id }, "delete --force web"),
+            (Command::Delete { id, force: false }, "delete web"),
+            (Command::Delete { id, force: true }, "delete --force web"),
             (
                 Command::Checkpoint {
                     id,

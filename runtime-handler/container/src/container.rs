@@ -418,7 +418,9 @@ impl Container {
 
     /// Removes the OCI runtime's state and the cgroup, of a container without processes.
     async fn delete_state(&self) -> Result<()> {
-        self.run(Command::Delete { id: &self.facts.id }, Input::None)
+        let facts = &self.facts;
+        self.runtime
+            .delete(&facts.id, facts.systemd_cgroup, &facts.bundle)
             .await
     }
 

@@ -16,13 +16,12 @@ use dyad_runtime_handler::spec::{ContainerSpec, Role};
 use tokio::sync::OnceCell;
 
 use crate::choose::{Need, checkpoints, choose};
-use crate::command::Command;
 use crate::container::Container;
 use crate::hold::{self, Holder};
 use crate::left::{self, Left};
 use crate::migration::{self, Criu, Job};
 use crate::rootfs;
-use crate::runtime::{Input, Runtime};
+use crate::runtime::Runtime;
 
 /// What runs containers of a spec whose version nobody knows any more.
 const OLDEST_SPEC: &str = "1.0.0";
@@ -279,24 +278,10 @@ impl Containers {
         }
         let version = left.version.as_deref().unwrap_or(OLDEST_SPEC);
         let systemd = left.cgroups_path.as_deref().is_some_and(is_systemd);
-        for again in [true, false] {
-            if !state.exists() {
-                break;
-            }
+        if state.exists() {
             let runtime = self.runtime(root.to_owned(), version).await?;
             // Not in the bundle: containerd may take that away at any moment.
-            let delete = runtime.run(
-                Command::Delete { id },
-                id,
-                systemd,
-                &self.folders.oci_root,
-                Input::None,
-            );
-            match delete.await {
-                // Somebody else may be about the same, and be quicker.
-                Err(error) if again => log::info!("{id}: {}", error.chain()),
-                deleted => deleted?,
-            }
+            runtime.delete(id, systemd, &self.folders.oci_root).await?;
         }
         match cgroup {
             Some(cgroup) => cgroup.remove().await,

@@ -178,6 +178,28 @@ impl Runtime {
             .await
     }
 
+    /// Removes what the runtime keeps of a container, and its cgroups; succeeds if there is
+    /// no such container.
+    ///
+    /// `delete --force` sends SIGKILL and looks only 100 ms later whether it worked (runc's
+    /// `killContainer`), also at a container that has ended. So the plain one goes first.
+    ///
+    /// # Errors
+    /// What the runtime says, to both.
+    pub(crate) async fn delete(&self, id: &str, systemd_cgroup: bool, dir: &Path) -> Result<()> {
+        let delete = |force| {
+            let command = Command::Delete { id, force };
+            self.run(command, id, systemd_cgroup, dir, Input::None)
+        };
+        match delete(false).await {
+            Ok(()) | Err(Error::NotFound(_)) => Ok(()),
+            Err(error) => {
+                log::info!("{}; once more, with force", error.chain());
+                delete(true).await
+            }
+        }
+    }
+
     /// Makes the state directory.
     ///
     /// # Errors
