@@ -20,6 +20,9 @@ outside_environments() {
     printf '%s\n' "$result"
 }
 PATH=$(outside_environments "$PATH")
+# Nor do the exports of one environment speak for another: crictl heeds these before its own options.
+unset CONTAINER_RUNTIME_ENDPOINT IMAGE_SERVICE_ENDPOINT CRI_CONFIG_FILE CONTAINERD_ADDRESS CONTAINERD_NAMESPACE \
+    LIBVIRT_DEFAULT_URI DYAD_CONFIG DYAD_STATE_DIR
 
 # stdout of some commands is meant for eval, so everything for people goes to stderr.
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }

@@ -128,6 +128,8 @@ down_nodes() {
     done
     ip link delete "$(bridge_name "$parent")" 2>/dev/null || true
     if [ -e "$parent/.userfaultfd" ]; then echo 0 >/proc/sys/vm/unprivileged_userfaultfd || true; fi
+    # A node that never came up has its state mounted already.
+    remove_mounts "$parent"
     rm -rf "$parent"
     say "down: $parent"
 }

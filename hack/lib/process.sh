@@ -50,6 +50,14 @@ mount_state() {
     done
 }
 
+# remove_mounts DIR: all below it.
+remove_mounts() {
+    local mount
+    while read -r mount; do
+        umount "$mount" 2>/dev/null || umount -l "$mount" 2>/dev/null || true
+    done < <(awk -v dir="$1/" 'index($5, dir) == 1 { print $5 }' /proc/self/mountinfo | sort -r)
+}
+
 # daemon_pid DIR NAME: the pid of that daemon if it is alive, else fails.
 daemon_pid() {
     local pid started

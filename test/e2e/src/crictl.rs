@@ -66,6 +66,10 @@ impl Crictl {
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.arg("--config").arg(&self.config);
+        // What `hack/up` exports for another environment comes before our file.
+        for variable in ["CONTAINER_RUNTIME_ENDPOINT", "IMAGE_SERVICE_ENDPOINT"] {
+            command.env_remove(variable);
+        }
         command
     }
 

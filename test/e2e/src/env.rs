@@ -169,6 +169,7 @@ impl Env {
         command
             .arg("--state-dir")
             .arg(self.dir.join("dyad/run"))
+            .env_remove("DYAD_CONFIG")
             .args(args);
         command::run(&mut command, b"", ASK_TIMEOUT)
     }
