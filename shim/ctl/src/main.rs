@@ -17,6 +17,7 @@ mod duration;
 mod error;
 mod fleet;
 mod model;
+mod program;
 mod resolve;
 mod terminal;
 #[cfg(test)]

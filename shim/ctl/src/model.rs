@@ -174,6 +174,17 @@ impl Pod {
         }
     }
 
+    /// What a migration target names in `dyad.dev/migration-source`: the machine's UUID, for
+    /// containers one that is made from the sandbox's id.
+    pub fn migration_source(&self) -> String {
+        match &self.machine {
+            Some(machine) => machine.uuid.clone(),
+            None => {
+                dyad_container::pod_uuid(&self.containerd_namespace, &self.sandbox_id).to_string()
+            }
+        }
+    }
+
     /// The pod's own task.
     pub fn sandbox(&self) -> Option<&Task> {
         self.tasks.iter().find(|task| task.sandbox)

@@ -200,7 +200,8 @@ fn entries(dir: &Path) -> usize {
 fn a_pod_of_containers_moves_and_only_one_runs() {
     let nodes = Nodes::up().unwrap();
     let logs: Vec<_> = nodes.nodes.iter().map(Env::log_mark).collect();
-    let result = trial(&nodes).map_err(|error| {
+    let result = trial(&nodes).and_then(|()| a_made_target(&nodes));
+    let result = result.map_err(|error| {
         let tails: Vec<_> = nodes
             .nodes
             .iter()
@@ -314,4 +315,78 @@ fn trial(nodes: &Nodes) -> Result<()> {
     }
     crictl.stop(&target.container, 1)?;
     target.remove()
+}
+
+/// `dyadctl migrate --create-target` makes the target as the source was asked for, and
+/// removes it again where the pod does not arrive.
+fn a_made_target(nodes: &Nodes) -> Result<()> {
+    let [one, two] = &nodes.nodes;
+    let crictl = one.crictl();
+    let dir = one.dir.join("log/pods/made");
+    let pod = json!({
+        "metadata": {"name": "made", "namespace": "default", "uid": "uid-made"},
+        "hostname": "made",
+        "log_directory": dir,
+        "labels": {"app": "made"},
+        "linux": {
+            "cgroup_parent": format!("/{}/made", cgroup_parent(&one.dir)),
+            "security_context": {"namespace_options": {"pid": 1}},
+        },
+    });
+    let container = json!({
+        "metadata": {"name": "app"},
+        "image": {"image": "dyad.test/busybox:1"},
+        "command": ["/bin/sh", "-c", "i=0; while :; do i=$((i+1)); echo $i >/count; sleep 0.1; done"],
+        "envs": [{"key": "GREETING", "value": "hello"}],
+        "log_path": "app.log",
+        "linux": {"security_context": {"namespace_options": {"pid": 1}}},
+    });
+    let source = crictl.runp("dyad", &pod)?;
+    let id = crictl.create(&source, &container, &pod)?;
+    crictl.start(&id)?;
+    let count = |env: &Env, id: &str| -> Result<u64> {
+        let read = env.crictl().exec(id, &["cat", "/count"])?;
+        Ok(read.success("exec cat")?.text().trim().parse()?)
+    };
+    let before = until(SOON, "it to count", || {
+        Ok(count(one, &id).ok().filter(|n| *n > 5))
+    })?;
+
+    let endpoint = |env: &Env| format!("unix://{}/containerd/containerd.sock", env.dir.display());
+    let (here, there) = (endpoint(one), endpoint(two));
+    let migrate = |to: &str| {
+        let target = ["--create-target", &there, "--runtime-endpoint", &here];
+        one.dyadctl(&[&["migrate", &source, "--to", to], &target[..]].concat())
+    };
+    let pods = || -> Result<String> {
+        Ok(two
+            .crictl()
+            .run(&["pods", "--quiet", "--label", "app=made"], b"")?
+            .text())
+    };
+    let nowhere = migrate(&format!("unix://{}/nowhere.sock", two.dir.display()))?;
+    same("exit code", nowhere.code(), REFUSED)?;
+    same("what is left of the target", pods()?.as_str(), "")?;
+
+    let state = one.dyadctl(&["state", &source])?.text();
+    let identity = state
+        .lines()
+        .find_map(|line| line.strip_prefix("Identity:"));
+    let identity = identity.context("no identity in dyadctl state")?.trim();
+    let socket = two.dir.join(format!("dyad/run/migration/{identity}.sock"));
+    let moved = migrate(&format!("unix://{}", socket.display()))?.success("dyadctl migrate")?;
+    contains(&moved.text(), "made its target")?;
+    let target = pods()?.trim().to_owned();
+    let list = ["ps", "--quiet", "--state", "Running", "--pod", &target];
+    let arrived = two.crictl().run(&list, b"")?.success("crictl ps")?.text();
+    let arrived = arrived.trim();
+    if count(two, arrived)? < before {
+        bail!("it began anew");
+    }
+    let said = two
+        .crictl()
+        .exec(arrived, &["sh", "-c", "echo $GREETING"])?;
+    contains(&said.success("exec in what arrived")?.text(), "hello")?;
+    crictl.rmp_force(&source)?;
+    two.crictl().rmp_force(&target)
 }

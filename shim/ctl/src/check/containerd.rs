@@ -11,7 +11,7 @@ use dyad_shim::config::Source;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde_json::{Map, Value};
 
-use super::program;
+use crate::program;
 
 /// The runtime type that containerd turns into our executable's name.
 const RUNTIME_TYPE: &str = "io.containerd.dyad.v2";

@@ -6,7 +6,7 @@ use std::time::Duration;
 use dyad_runtime_handler::check::Check;
 use dyad_shim::config::Config;
 
-use super::program;
+use crate::program;
 
 /// The executable, which containerd's shim starts for machine pods.
 const PROGRAM: &str = "containerd-shim-dyad-machine-v2";

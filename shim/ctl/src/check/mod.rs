@@ -13,7 +13,6 @@
 mod containerd;
 mod host;
 mod machine;
-mod program;
 
 use std::path::PathBuf;
 

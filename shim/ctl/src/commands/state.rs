@@ -32,9 +32,7 @@ fn facts(pod: &Pod) -> String {
         ("State", pod.summary()),
     ];
     if pod.kind == "container" {
-        // What the target of a migration names in dyad.dev/migration-source.
-        let identity = dyad_container::pod_uuid(&pod.containerd_namespace, &pod.sandbox_id);
-        facts.push(("Identity", identity.to_string()));
+        facts.push(("Identity", pod.migration_source()));
     }
     if let Some(machine) = &pod.machine {
         facts.extend([

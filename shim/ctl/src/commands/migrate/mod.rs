@@ -1,18 +1,25 @@
 //! `dyadctl migrate`: moves a pod, and shows how far it is.
 
+mod target;
+
 use std::io::IsTerminal as _;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde::Serialize;
+use tokio::time::{Instant, sleep};
 
+use self::target::{Cri, Target};
 use crate::args::{Options, PodArgument};
-use crate::client::MigrationRequest;
+use crate::client::{Client, MigrationRequest};
 use crate::duration::parse_timeout;
 use crate::error::{Error, Result};
 use crate::fleet::{Fleet, connect};
 use crate::text::{Format, Printer, printable};
+
+/// How long a target that was made just now may take to wait for its source.
+const SETTLE: Duration = Duration::from_secs(5);
 
 /// What to do when `--max-time` is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -36,6 +43,18 @@ pub struct MigrateArguments {
     /// the target pod's migration socket or address
     #[arg(long, value_name = "URI", required_unless_present = "cancel")]
     pub to: Option<String>,
+    /// First make the target pod, over this CRI endpoint of the other node's containerd (for
+    /// setups without an API server); it is removed again if the pod does not arrive
+    #[arg(long, value_name = "ENDPOINT", requires = "to")]
+    pub create_target: Option<String>,
+    /// The CRI endpoint of this node's containerd, which knows how the pod was asked for
+    #[arg(
+        long,
+        value_name = "ENDPOINT",
+        env = "CONTAINER_RUNTIME_ENDPOINT",
+        default_value = "unix:///run/containerd/containerd.sock"
+    )]
+    pub runtime_endpoint: String,
     /// Give up the migration that is under way
     #[arg(long, conflicts_with = "to")]
     pub cancel: bool,
@@ -139,6 +158,17 @@ impl Progress {
         }
         line
     }
+
+    /// What the end of a migration means for whoever asked for it.
+    fn outcome(self) -> Result<()> {
+        match self.stage {
+            "completed" => Ok(()),
+            stage => Err(Error::Failed {
+                context: format!("the migration is {stage}: {}", self.reason),
+                source: None,
+            }),
+        }
+    }
 }
 
 /// Moves what was named, or gives that up.
@@ -182,7 +212,43 @@ pub async fn run(
         allow_clear: arguments.allow_clear,
         tcp_established: arguments.tcp_established,
     };
-    client.migrate(&request, limit).await?;
+    let label = named.label();
+    let Some(endpoint) = &arguments.create_target else {
+        client.migrate(&request, limit).await?;
+        return follow(&client, &label, printer).await?.outcome();
+    };
+    let here = Cri::at(&arguments.runtime_endpoint, limit)?;
+    let there = Cri::at(endpoint, limit)?;
+    let target = Target::create(named.pod, &here, there, printer).await?;
+    let end = match begin(&client, &request, limit).await {
+        Ok(()) => follow(&client, &label, printer).await,
+        Err(error) => Err(error),
+    };
+    match &end {
+        Ok(end) if end.stage == "completed" => {}
+        Ok(end) if end.stage == "abandoned" => target.remove().await,
+        Err(Error::Refused(_) | Error::Usage(_)) => target.remove().await,
+        // It may run there.
+        Ok(_) | Err(_) => target.keep(),
+    }
+    end?.outcome()
+}
+
+/// Asks until the target, which was made just now, waits for its source.
+async fn begin(client: &Client, request: &MigrationRequest, limit: Duration) -> Result<()> {
+    let end = Instant::now() + SETTLE;
+    loop {
+        match client.migrate(request, limit).await {
+            Err(Error::Refused(_)) if Instant::now() < end => {
+                sleep(Duration::from_millis(200)).await;
+            }
+            other => return other.map(drop),
+        }
+    }
+}
+
+/// Shows how far the migration is, to its end.
+async fn follow(client: &Client, label: &str, printer: Printer) -> Result<Progress> {
     let mut told = client.migration_status().await?;
     let bar = bar(printer);
     let mut last: Option<Progress> = None;
@@ -199,7 +265,7 @@ pub async fn run(
             }
             // A line for each stage is enough for a log.
             (None, _) if new_stage => {
-                printer.text(&format!("{}: {}\n", named.label(), progress.line()))?;
+                printer.text(&format!("{label}: {}\n", progress.line()))?;
             }
             (None, _) => {}
         }
@@ -214,15 +280,9 @@ pub async fn run(
     })?;
     if let Some(bar) = bar {
         bar.finish_and_clear();
-        printer.text(&format!("{}: {}\n", named.label(), end.line()))?;
+        printer.text(&format!("{label}: {}\n", end.line()))?;
     }
-    match end.stage {
-        "completed" => Ok(()),
-        stage => Err(Error::Failed {
-            context: format!("the migration is {stage}: {}", end.reason),
-            source: None,
-        }),
-    }
+    Ok(end)
 }
 
 fn bar(printer: Printer) -> Option<ProgressBar> {
