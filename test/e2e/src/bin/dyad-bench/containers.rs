@@ -1,6 +1,6 @@
 //! Dyad's container kind beside containerd's own runc shim: the same pods, in turn.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -24,8 +24,10 @@ const MEASURES: [(&str, &str); 6] = [
     ("StartContainer", "ms"),
     ("StopContainer", "ms"),
     ("StopPod", "ms"),
-    ("shim PSS per pod", "MB"),
+    ("shim PSS, a lone pod", "MB"),
 ];
+/// As many pods share a shim's executable, where memory per pod is told.
+const PODS: usize = 10;
 
 /// Measures `runs` pods of each.
 ///
@@ -63,6 +65,46 @@ pub async fn measure(env: &Env, cri: &mut Cri, runs: usize) -> Result<Vec<Row>> 
         .collect())
 }
 
+/// What each of [`PODS`] pods with a running container costs in shims: they share the
+/// executable's pages, as on a node.
+///
+/// # Errors
+/// A pod could not be run.
+pub async fn memory(env: &Env, cri: &mut Cri) -> Result<Row> {
+    let mut row = Row {
+        what: format!("shim PSS per pod of {PODS}, container"),
+        unit: "MB",
+        against: "containerd-shim-runc-v2",
+        yardstick: Vec::new(),
+        dyad: Vec::new(),
+    };
+    for handler in HANDLERS {
+        let mut pods = Vec::new();
+        for number in 0..PODS {
+            let name = format!("bench-memory-{handler}-{number}");
+            let pod = pod_config(env, &name);
+            let id = cri.run_pod(handler, &pod).await?;
+            let container = cri.create(&id, &pod, &container_config()).await?;
+            cri.start(&container).await?;
+            said_first(env, &name).await?;
+            pods.push(id);
+        }
+        for id in &pods {
+            let samples = match handler {
+                "dyad" => &mut row.dyad,
+                _ => &mut row.yardstick,
+            };
+            samples.push(shim_pss_mb(id)?);
+        }
+        for id in &pods {
+            cri.stop_pod(id).await?;
+            cri.remove_pod(id).await?;
+        }
+        eprintln!("memory: {PODS} pods of {handler}");
+    }
+    Ok(row)
+}
+
 /// A pod of this name, with a cgroup as kubelet would name one.
 pub fn pod_config(env: &Env, name: &str) -> PodSandboxConfig {
     PodSandboxConfig {
@@ -73,6 +115,7 @@ pub fn pod_config(env: &Env, name: &str) -> PodSandboxConfig {
         }),
         hostname: name.to_owned(),
         log_directory: env.dir.join("log/pods").join(name).display().to_string(),
+        annotations: HashMap::new(),
         linux: Some(LinuxPodSandboxConfig {
             cgroup_parent: format!("/{}/{name}", cgroup_parent(&env.dir)),
         }),
@@ -81,7 +124,11 @@ pub fn pod_config(env: &Env, name: &str) -> PodSandboxConfig {
 
 /// A container that says `first` and waits for SIGTERM.
 pub fn container_config() -> ContainerConfig {
-    let script = "echo first; trap 'exit 0' TERM; sleep 100000 & wait";
+    running("echo first; trap 'exit 0' TERM; sleep 100000 & wait")
+}
+
+/// A container that runs `script`.
+pub fn running(script: &str) -> ContainerConfig {
     ContainerConfig {
         metadata: Some(ContainerMetadata {
             name: "main".into(),

@@ -1,5 +1,6 @@
 //! The few CRI calls that are measured, over gRPC (k8s.io/cri-api, runtime/v1/api.proto).
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
@@ -22,6 +23,9 @@ pub struct PodSandboxConfig {
     /// Where its containers' logs go.
     #[prost(string, tag = "3")]
     pub log_directory: String,
+    /// Among them `dyad.dev/*`.
+    #[prost(map = "string, string", tag = "7")]
+    pub annotations: HashMap<String, String>,
     /// Linux's part.
     #[prost(message, optional, tag = "8")]
     pub linux: Option<LinuxPodSandboxConfig>,

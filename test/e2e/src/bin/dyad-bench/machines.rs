@@ -17,7 +17,10 @@ use crate::table::{Row, milliseconds};
 const INIT_LINE: &str = "dyad-agent: init";
 /// A UUID of nobody's pod.
 const UUID: &str = "d0d0d0d0-0000-4000-8000-00000000be4c";
-const NAME: &str = "dyad-bench";
+/// As large as Dyad makes a pod's disk.
+const DISK_BYTES: u64 = 10 << 30;
+/// The plain domain's name.
+pub const NAME: &str = "dyad-bench";
 
 /// Measures `runs` of each, in turn.
 ///
@@ -71,7 +74,12 @@ async fn first_line_of_init(env: &Env, xml: &str) -> Result<Duration> {
     fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
     let console = folder.join("console.log");
     let file = folder.join("domain.xml");
-    fs::write(&file, plain_domain(xml, &folder)?)?;
+    let plain = Plain {
+        folder: &folder,
+        initrd: None,
+        bridge: None,
+    };
+    fs::write(&file, plain.domain(xml)?)?;
 
     let start = Instant::now();
     env.virsh(&["create", &file.display().to_string()])?;
@@ -92,67 +100,89 @@ async fn first_line_of_init(env: &Env, xml: &str) -> Result<Duration> {
     Ok(duration)
 }
 
-/// The pod's domain with a name, a UUID, disks, sockets, a console and a tap of its own.
-/// Writable disks become empty sparse ones of the same size; hot-plugged image disks
-/// stay as they are (read-only).
-fn plain_domain(xml: &str, folder: &Path) -> Result<String> {
-    let mut out = String::new();
-    let (mut in_disk, mut in_interface) = (Vec::new(), false);
-    for line in xml.lines() {
-        let indent = &line[..line.len() - line.trim_start().len()];
-        let text = line.trim();
-        if text.starts_with("<disk") || !in_disk.is_empty() {
-            in_disk.push(line.to_owned());
-            if text == "</disk>" {
-                out.push_str(&plain_disk(&std::mem::take(&mut in_disk), folder)?);
+/// What a plain domain has instead of its model's.
+pub struct Plain<'a> {
+    /// For its disk, sockets and console.
+    pub folder: &'a Path,
+    /// Instead of the model's.
+    pub initrd: Option<&'a Path>,
+    /// Where its interface is plugged in; else a tap of its own.
+    pub bridge: Option<&'a str>,
+}
+
+impl Plain<'_> {
+    /// The pod's domain with a name, a UUID, disks, sockets, a console and a tap of its own.
+    /// Writable disks become empty sparse ones of the same size; hot-plugged image disks
+    /// stay as they are (read-only).
+    ///
+    /// # Errors
+    /// A disk cannot be made.
+    pub fn domain(&self, xml: &str) -> Result<String> {
+        let mut out = String::new();
+        let (mut in_disk, mut in_interface) = (Vec::new(), false);
+        for line in xml.lines() {
+            let indent = &line[..line.len() - line.trim_start().len()];
+            let text = line.trim();
+            if text.starts_with("<disk") || !in_disk.is_empty() {
+                in_disk.push(line.to_owned());
+                if text == "</disk>" {
+                    out.push_str(&self.disk(&std::mem::take(&mut in_disk))?);
+                }
+                continue;
             }
-            continue;
+            in_interface =
+                (in_interface || text.starts_with("<interface")) && text != "</interface>";
+            let changed = self.line(text, in_interface);
+            out.push_str(&format!("{indent}{changed}\n"));
         }
-        in_interface = (in_interface || text.starts_with("<interface")) && text != "</interface>";
-        let changed = if text.starts_with("<name>") {
+        Ok(out)
+    }
+
+    fn line(&self, text: &str, in_interface: bool) -> String {
+        let file = |name: &str| self.folder.join(name).display().to_string();
+        if text.starts_with("<name>") {
             format!("<name>{NAME}</name>")
         } else if text.starts_with("<uuid>") {
             format!("<uuid>{UUID}</uuid>")
         } else if text.starts_with("<log file=") {
-            format!(
-                "<log file='{}' append='on'/>",
-                folder.join("console.log").display()
-            )
+            format!("<log file='{}' append='on'/>", file("console.log"))
         } else if text.starts_with("<source mode='bind'") {
             let name = if text.contains("console") {
                 "console.sock"
             } else {
                 "agent.sock"
             };
-            format!(
-                "<source mode='bind' path='{}'/>",
-                folder.join(name).display()
-            )
+            format!("<source mode='bind' path='{}'/>", file(name))
+        } else if in_interface && text.starts_with("<interface") {
+            match self.bridge {
+                Some(bridge) => format!("<interface type='bridge'><source bridge='{bridge}'/>"),
+                None => text.to_owned(),
+            }
         } else if in_interface && text.starts_with("<target dev=") {
             // libvirt makes this tap itself and takes it away with the domain.
             "<target dev='dyadbench0'/>".to_owned()
+        } else if let (true, Some(initrd)) = (text.starts_with("<initrd>"), self.initrd) {
+            format!("<initrd>{}</initrd>", initrd.display())
         } else {
             text.to_owned()
-        };
-        out.push_str(&format!("{indent}{changed}\n"));
+        }
     }
-    Ok(out)
-}
 
-fn plain_disk(lines: &[String], folder: &Path) -> Result<String> {
-    let whole = lines.join("\n") + "\n";
-    if whole.contains("<readonly/>") {
-        return Ok(whole);
+    fn disk(&self, lines: &[String]) -> Result<String> {
+        let whole = lines.join("\n") + "\n";
+        if whole.contains("<readonly/>") {
+            return Ok(whole);
+        }
+        let source = whole
+            .split_once("<source file='")
+            .and_then(|(_, rest)| rest.split_once('\''))
+            .map(|(path, _)| path.to_owned())
+            .context("a disk without a file")?;
+        let copy = self.folder.join("disk.img");
+        let disk = fs::File::create(&copy)?;
+        disk.set_len(DISK_BYTES)?;
+        Ok(whole.replace(&source, &copy.display().to_string()))
     }
-    let source = whole
-        .split_once("<source file='")
-        .and_then(|(_, rest)| rest.split_once('\''))
-        .map(|(path, _)| path.to_owned())
-        .context("a disk without a file")?;
-    let copy = folder.join("disk.img");
-    let disk = fs::File::create(&copy)?;
-    disk.set_len(10 << 30)?;
-    Ok(whole.replace(&source, &copy.display().to_string()))
 }
 
 /// `kvm` or `tcg (software emulation)`, as the last domain had it.

@@ -6,14 +6,16 @@ mod containers;
 mod cri;
 mod lifecycle;
 mod machines;
+mod migrate;
 mod table;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use dyad_e2e::env::{Build, Env, Version};
+use dyad_e2e::nodes::Nodes;
 
 /// More of these would only take time.
 const IN_PLACE_RUNS: usize = 5;
@@ -22,13 +24,22 @@ const IN_PLACE_RUNS: usize = 5;
 /// prints a Markdown table. Needs root. Takes about 7 minutes with the default counts.
 #[derive(Parser)]
 #[command(name = "test/bench")]
+#[command(args_conflicts_with_subcommands = true)]
 struct Arguments {
+    #[command(subcommand)]
+    what: Option<What>,
     /// How often the pods of the container kind are measured, per shim.
     #[arg(long, default_value_t = 30)]
     runs: usize,
     /// How often the machine kind is measured, and the plain domain.
     #[arg(long, default_value_t = 10)]
     machine_runs: usize,
+    #[command(flatten)]
+    place: Place,
+}
+
+#[derive(clap::Args)]
+struct Place {
     /// Scratch folder of the environment; it is taken down at the end.
     #[arg(long, default_value = "/tmp/dyad-bench")]
     dir: PathBuf,
@@ -37,19 +48,44 @@ struct Arguments {
     no_build: bool,
 }
 
+impl Place {
+    fn build(&self) -> Build {
+        if self.no_build {
+            Build::AsIs
+        } else {
+            Build::Fresh
+        }
+    }
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Measures migration between two nodes beside plain `virsh migrate`: how long it takes,
+    /// and for how long the machine does not answer. Takes about 5 minutes with the
+    /// default count.
+    Migrate {
+        /// How often each of the two machines (idle, dirtying) is moved, by each of both.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+        #[command(flatten)]
+        place: Place,
+    },
+}
+
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let build = if arguments.no_build {
-        Build::AsIs
-    } else {
-        Build::Fresh
-    };
-    let env = Env::up(Version::V2_3, &arguments.dir, build)?;
-    let result = tokio::runtime::Builder::new_current_thread()
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("start the async runtime")
-        .and_then(|runtime| runtime.block_on(measure(&env, &arguments)));
+        .context("start the async runtime")?;
+    if let Some(What::Migrate { runs, place }) = &arguments.what {
+        let nodes = Nodes::up(&place.dir, place.build())?;
+        let rows = runtime.block_on(migrate::measure(&nodes, *runs))?;
+        println!("{}\n{}", table::render(&rows), host_facts(&nodes.nodes[0])?);
+        return Ok(());
+    }
+    let env = Env::up(Version::V2_3, &arguments.place.dir, arguments.place.build())?;
+    let result = runtime.block_on(measure(&env, &arguments));
     let down = env.down();
     println!("{}", result?);
     down
@@ -60,6 +96,7 @@ async fn measure(env: &Env, arguments: &Arguments) -> Result<String> {
     let mut rows = Vec::new();
     if arguments.runs > 0 {
         rows.extend(containers::measure(env, &mut cri, arguments.runs).await?);
+        rows.push(containers::memory(env, &mut cri).await?);
         rows.extend(lifecycle::containers(env, &mut cri, arguments.runs.min(IN_PLACE_RUNS)).await?);
     }
     if arguments.machine_runs > 0 {
