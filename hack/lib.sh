@@ -138,5 +138,7 @@ require_go() {
 
 # shellcheck source=hack/lib/tools.sh
 . "$DYAD_REPO/hack/lib/tools.sh"
+# shellcheck source=hack/lib/debian.sh
+. "$DYAD_REPO/hack/lib/debian.sh"
 # shellcheck source=hack/lib/criu.sh
 . "$DYAD_REPO/hack/lib/criu.sh"

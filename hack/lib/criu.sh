@@ -29,27 +29,18 @@ fetch_criu() {
 }
 
 unpack_criu() {
-    local work version folder packages options
+    local work version folder packages
     work=$(mktemp -d)
-    mkdir -p "$work"/{lists/partial,cache/archives/partial,deb}
-    touch "$work/status"
-    printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian %s main\n' \
-        "$DYAD_CRIU_SUITE" >"$work/sources.list"
-    options=(-q -o "Dir::Etc::sourcelist=$work/sources.list" -o Dir::Etc::sourceparts=/dev/null
-        -o "Dir::State::lists=$work/lists" -o "Dir::State::status=$work/status" -o "Dir::Cache=$work/cache"
-        -o APT::Sandbox::User=root -o Acquire::Languages=none)
-    apt-get "${options[@]}" update
-    version=$(apt-cache "${options[@]}" policy criu | sed -n 's/^ *Candidate: //p')
+    apart "$work" "$DYAD_CRIU_SUITE"
+    version=$(suite_version criu)
     [ -n "$version" ] || die "Debian $DYAD_CRIU_SUITE has no criu"
     say "fetching Debian $DYAD_CRIU_SUITE's criu $version"
     # Nothing of these is ever loaded: conversions between character sets, compilers' texts.
-    mapfile -t packages < <(apt-cache "${options[@]}" depends --recurse --no-recommends --no-suggests --no-conflicts \
+    mapfile -t packages < <(in_suite apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts \
         --no-breaks --no-replaces --no-enhances criu | grep '^[a-z]' | grep -v -e '^libc-gconv' -e '^gcc-' | sort -u)
-    (cd "$work/deb" && apt-get "${options[@]}" download "${packages[@]}")
     folder=$DYAD_CACHE/criu-${version//[:\/]/_}
     rm -rf "$folder"
-    mkdir -p "$folder/root"
-    for package in "$work"/deb/*.deb; do dpkg -x "$package" "$folder/root"; done
+    unpack_apart "$work" "$folder/root" "${packages[@]}"
     cat >"$folder/criu" <<WRAPPER
 #!/bin/sh
 # Debian $DYAD_CRIU_SUITE's criu $version with its own C library.
