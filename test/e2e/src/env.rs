@@ -136,6 +136,12 @@ impl Env {
         self.dir.join("bin").join(name)
     }
 
+    /// The `PATH` that `hack/up` exports: the environment's programs first.
+    pub fn path(&self) -> String {
+        let ours = std::env::var("PATH").unwrap_or_default();
+        format!("{}:{ours}", self.dir.join("bin").display())
+    }
+
     /// crictl on this environment's containerd.
     pub fn crictl(&self) -> Crictl {
         Crictl::new(self)
@@ -170,6 +176,7 @@ impl Env {
             .arg("--state-dir")
             .arg(self.dir.join("dyad/run"))
             .env_remove("DYAD_CONFIG")
+            .env("PATH", self.path())
             .args(args);
         command::run(&mut command, b"", ASK_TIMEOUT)
     }

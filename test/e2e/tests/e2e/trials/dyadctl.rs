@@ -114,11 +114,6 @@ fn every_command_of_dyadctl_does_what_it_says(context: &Context<'_>) -> Result<(
         "unix://{}/containerd/containerd.sock",
         context.env.dir.display()
     );
-    let path = format!(
-        "{}:{}",
-        context.env.dir.join("bin").display(),
-        std::env::var("PATH").unwrap_or_default()
-    );
     let mut check = dyadctl(
         context,
         &[
@@ -132,7 +127,7 @@ fn every_command_of_dyadctl_does_what_it_says(context: &Context<'_>) -> Result<(
         ],
     );
     // crictl is looked for there.
-    let check = command::run(check.env("PATH", path), b"", SOON)?;
+    let check = command::run(check.env("PATH", context.env.path()), b"", SOON)?;
     let lines: Value = serde_json::from_str(&check.text())
         .with_context(|| format!("dyadctl check: {}{}", check.text(), check.stderr))?;
     for line in lines.as_array().context("no lines")? {
