@@ -154,6 +154,9 @@ impl Container {
             machine.plug(&image).await?
         };
         let made = Arc::new(parts.make(&spec.id, &serial)?);
+        if !waits {
+            machine.note_volumes(&made.copies)?;
+        }
         let mut stdio = Some(spec.stdio);
         let container = Arc::new(Self {
             machine,
@@ -225,6 +228,7 @@ impl Container {
             state.phase = Phase::Started;
             state.waiting.take().unwrap_or_default()
         };
+        self.machine.note_volumes(&made.copies)?;
         let agent = self.machine.agent();
         let process = ProcessId::init(&self.id);
         self.machine.started(process.clone());

@@ -133,6 +133,12 @@ impl RuntimeHandler for Machines {
         machine::remove(&self.libvirt, &folder, &record).await
     }
 
+    async fn afterwards(&self) {
+        if let Some(machine) = self.current() {
+            machine.settled().await;
+        }
+    }
+
     fn migration(&self) -> Result<&dyn Migration> {
         Ok(self)
     }

@@ -13,7 +13,9 @@ use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::Paths;
 use crate::domain::Size;
+use crate::kept::Kept;
 use crate::resize::Reached;
 use crate::storage::apply::write_atomically;
 
@@ -109,6 +111,8 @@ pub struct Folder {
     pub dir: PathBuf,
     /// Sockets.
     pub run_dir: PathBuf,
+    /// Where its disk goes when the pod outlives it.
+    pub kept: Kept,
 }
 
 impl Folder {
@@ -117,7 +121,19 @@ impl Folder {
         Self {
             dir: cache_dir.join("machines").join(uuid.to_string()),
             run_dir: state_dir.join("machines").join(uuid.to_string()),
+            kept: Kept::new(cache_dir),
         }
+    }
+
+    /// Those of the host's other machines.
+    pub fn others(paths: &Paths, own: &Self) -> Vec<Self> {
+        let names = std::fs::read_dir(paths.cache_dir.join("machines"));
+        let names = names.into_iter().flatten().flatten();
+        names
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .map(|uuid| Self::new(&paths.state_dir, &paths.cache_dir, uuid))
+            .filter(|folder| folder.dir != own.dir)
+            .collect()
     }
 
     /// The pod's writable disk.
