@@ -12,6 +12,10 @@ cluster_cgroup() {
 
 bridge_name() { printf 'dyad%s\n' "$(short_hash "$1")"; }
 
+# fixed_mac DIR: a bridge's address. Without one of its own a bridge takes the lowest of its ports' and so changes it as
+# pods come and go; its neighbours then talk to the old one for up to a minute.
+fixed_mac() { short_hash "$1" | sed 's/\(..\)\(..\)\(..\)\(..\)/02:64:\1:\2:\3:\4/'; }
+
 # free_subnet DIR: a /24 that nothing on this host routes to, the same for the same DIR if it can be; "10.X.Y".
 free_subnet() {
     local seed i subnet
@@ -71,7 +75,7 @@ write_network() {
     bridge=$(bridge_name "$dir")
     if ! in_network "$dir" ip link show "$bridge" >/dev/null 2>&1; then
         subnet=$(free_subnet "$dir")
-        in_network "$dir" ip link add "$bridge" type bridge
+        in_network "$dir" ip link add "$bridge" address "$(fixed_mac "$dir")" type bridge
         in_network "$dir" ip addr add "$subnet.1/24" dev "$bridge"
         in_network "$dir" ip link set "$bridge" mtu 1450 up
         if has_own_network "$dir"; then

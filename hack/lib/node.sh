@@ -48,7 +48,7 @@ start_node_network() {
     bridge=$(bridge_name "$parent")
     if ! ip link show "$bridge" >/dev/null 2>&1; then
         subnet=$(free_subnet "$parent")
-        ip link add "$bridge" type bridge
+        ip link add "$bridge" address "$(fixed_mac "$parent")" type bridge
         ip addr add "$subnet.1/24" dev "$bridge"
         ip link set "$bridge" mtu 1450 up
         printf '%s\n' "$subnet" >"$parent/subnet"
@@ -58,7 +58,7 @@ start_node_network() {
         cable=dy$(short_hash "$parent")$number
         ip link add "$cable" mtu 1450 type veth peer name up0 mtu 1450 netns "$(daemon_pid "$dir" node)"
         ip link set "$cable" master "$bridge" up
-        in_node "$dir" ip link add "$NODE_BRIDGE" type bridge
+        in_node "$dir" ip link add "$NODE_BRIDGE" address "$(fixed_mac "$dir")" type bridge
         in_node "$dir" ip link set up0 master "$NODE_BRIDGE" up
         in_node "$dir" ip addr add "$subnet.$((number + 1))/24" dev "$NODE_BRIDGE"
         in_node "$dir" ip link set "$NODE_BRIDGE" mtu 1450 up

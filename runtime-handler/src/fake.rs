@@ -359,8 +359,14 @@ impl Instance for FakeInstance {
         self.fake.call("stats", &self.id).await?;
         Ok(Stats {
             hierarchy: Hierarchy::V2,
-            cpu: CpuStats::default(),
-            memory: MemoryStats::default(),
+            cpu: CpuStats {
+                usage_ns: 1_000_000,
+                ..CpuStats::default()
+            },
+            memory: MemoryStats {
+                usage: 4096,
+                ..MemoryStats::default()
+            },
             pids: PidsStats::default(),
             io: Vec::new(),
         })

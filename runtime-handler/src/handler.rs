@@ -182,6 +182,10 @@ pub trait RuntimeHandler: Send + Sync {
         ))
     }
 
+    /// What is still to be done when the pod is deleted and nobody is served any more: the
+    /// process ends when it returns. Bounded to about a minute.
+    async fn afterwards(&self) {}
+
     /// What moves the pod to another node, or takes one in: a capability, so a value and
     /// never a stub.
     ///

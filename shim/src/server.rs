@@ -122,6 +122,9 @@ async fn run(launch: Launch, listener: UnixListener, backend: Backend) -> Result
     // The answer to Shutdown is on its way.
     peers.gone(FLUSH_MAX).await;
     let _ = tokio::time::timeout(FLUSH_MAX, server.shutdown()).await;
+    // The bundle is not ours any more.
+    let _ = std::env::set_current_dir("/");
+    handler.afterwards().await;
     Ok(())
 }
 

@@ -62,7 +62,7 @@ async fn set_up(agent: &Agent, request: &SetupRequest) -> Result<()> {
     }
     agent.modules_loaded().await;
     if !request.pod_disk_serial.is_empty() {
-        mount_pod_disk(&request.pod_disk_serial).await?;
+        mount_pod_disk(&request.pod_disk_serial, request.pod_disk_inherited).await?;
     }
     mount_shm(request.shm_size)?;
     let localhost = request.localhost.as_ref();
@@ -79,7 +79,7 @@ fn set_clock(unix_time_ns: u64) -> Result<()> {
     clock_settime(ClockId::CLOCK_REALTIME, now).context(|| "set the clock".into())
 }
 
-async fn mount_pod_disk(serial: &str) -> Result<()> {
+async fn mount_pod_disk(serial: &str, inherited: bool) -> Result<()> {
     if rootfs::is_mount_point(Path::new(rootfs::POD_DISK)) {
         return Ok(());
     }
@@ -96,6 +96,10 @@ async fn mount_pod_disk(serial: &str) -> Result<()> {
             Some("noinit_itable"),
         )
         .context(|| format!("mount the pod's disk {} on {target}", node.display()))?;
+        let layers = Path::new(target).join("containers");
+        if inherited && layers.exists() {
+            fs::remove_dir_all(&layers).context(|| format!("remove {}", layers.display()))?;
+        }
         for folder in ["containers", "volumes"] {
             let folder = Path::new(target).join(folder);
             fs::create_dir_all(&folder).context(|| format!("create {}", folder.display()))?;

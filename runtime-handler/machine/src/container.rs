@@ -68,6 +68,8 @@ struct State {
     updates: Vec<LinuxResources>,
     sync: Option<JoinHandle<()>>,
     made: Arc<Made>,
+    /// The machine's boot that it is in.
+    boot: u64,
     /// Its stdio until it arrives.
     waiting: Option<Stdio>,
 }
@@ -152,6 +154,9 @@ impl Container {
             machine.plug(&image).await?
         };
         let made = Arc::new(parts.make(&spec.id, &serial)?);
+        if !waits {
+            machine.note_volumes(&made.copies)?;
+        }
         let mut stdio = Some(spec.stdio);
         let container = Arc::new(Self {
             machine,
@@ -164,6 +169,7 @@ impl Container {
                 sync: None,
                 updates: Vec::new(),
                 made: Arc::clone(&made),
+                boot: 0,
                 waiting: if waits { stdio.take() } else { None },
             }),
         });
@@ -204,6 +210,11 @@ impl Container {
         Arc::clone(&self.lock().made)
     }
 
+    /// Nothing of it is in the guest: that boot is over.
+    fn is_gone(&self) -> bool {
+        self.machine.is_off() || self.machine.boot_number() != self.lock().boot
+    }
+
     /// It has come with its machine: goes on from where its source's host stopped.
     ///
     /// # Errors
@@ -213,9 +224,11 @@ impl Container {
         let stdio = {
             let mut state = self.lock();
             state.made = Arc::clone(&made);
+            state.boot = self.machine.boot_number();
             state.phase = Phase::Started;
             state.waiting.take().unwrap_or_default()
         };
+        self.machine.note_volumes(&made.copies)?;
         let agent = self.machine.agent();
         let process = ProcessId::init(&self.id);
         self.machine.started(process.clone());
@@ -227,8 +240,10 @@ impl Container {
 
     /// Puts the volumes and the container into the guest, and waits for its end.
     async fn make(self: &Arc<Self>, stdio: Stdio, options: CreateOptions) -> Result<()> {
+        let boot = self.machine.boot_number();
         let agent = self.machine.agent();
         let made = self.made();
+        self.lock().boot = boot;
         self.put(&agent, made.copies.clone(), Vec::new()).await?;
         let process = ProcessId::init(&self.id);
         agent.create(&made.guest_id, stdio, options).await?;
@@ -465,10 +480,10 @@ impl Instance for ContainerInstance {
         if !agent.drained(&guest_id, Some(exec_id), DRAIN).await {
             warn!("exec {exec_id} of container {}: output is lost", self.0.id);
         }
-        if self.0.machine.is_off() {
-            return Ok(());
+        match agent.delete(&guest_id, Some(exec_id)).await {
+            Err(_) if self.0.is_gone() => Ok(()),
+            result => result,
         }
-        agent.delete(&guest_id, Some(exec_id)).await
     }
 
     async fn resize(&self, exec: Option<&str>, width: u16, height: u16) -> Result<()> {
@@ -535,12 +550,20 @@ impl Instance for ContainerInstance {
             warn!("container {}: output is lost", container.id);
         }
         let process = ProcessId::init(&container.id);
-        if container.machine.is_off() {
-            container.machine.withdrawn(&process);
+        let deleted = match container.is_gone() {
+            true => Ok(()),
+            false => agent.delete(&made.guest_id, None).await,
+        };
+        // Its guest may have rebooted, even twice, or have ended meanwhile.
+        if let Err(error) = deleted
+            && !container.is_gone()
+        {
+            return Err(error);
+        }
+        container.machine.withdrawn(&process);
+        if container.is_gone() {
             return Ok(());
         }
-        agent.delete(&made.guest_id, None).await?;
-        container.machine.withdrawn(&process);
         if !made.copies.is_empty() {
             let own = Path::new(VOLUMES).join(&made.guest_id);
             let prune = vec![own.to_string_lossy().into_owned()];

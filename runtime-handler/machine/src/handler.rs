@@ -122,12 +122,21 @@ impl RuntimeHandler for Machines {
         if !folder.exists() {
             return Ok(());
         }
-        let mut record = folder.load()?.unwrap_or(bare);
+        let mut record = match folder.load()? {
+            Some(record) => record,
+            None => bare.read_from_bundle(&container.bundle),
+        };
         if record.leaving && machine::left(&self.libvirt, &record).await {
             record.moved = true;
             folder.save(&record)?;
         }
         machine::remove(&self.libvirt, &folder, &record).await
+    }
+
+    async fn afterwards(&self) {
+        if let Some(machine) = self.current() {
+            machine.settled().await;
+        }
     }
 
     fn migration(&self) -> Result<&dyn Migration> {

@@ -17,6 +17,7 @@ pub mod events;
 pub mod guest;
 mod handler;
 pub mod host;
+mod kept;
 pub mod libvirt;
 mod machine;
 pub mod migrate;

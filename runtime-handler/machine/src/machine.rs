@@ -39,11 +39,13 @@ use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use uuid::Uuid;
 
 use crate::container::Container;
 use crate::domain::{Accelerator, AgentChannel, DomainPlan, Nic, PodDisk, Size, domain_name};
 use crate::events::{Ending, Observed};
 use crate::guest::Agent;
+use crate::kept::{self, Kept};
 use crate::libvirt::Libvirt;
 use crate::migrate::offer::Offer;
 use crate::network::plan::NetworkPlan;
@@ -52,10 +54,13 @@ use crate::record::{Folder, Record, machine_uuid};
 use crate::resize::{Ledger, Reached};
 use crate::spec::SandboxSpec;
 use crate::storage::apply::{self as storage, QemuUser};
+use crate::volumes::plan::{Copy, volumes_on_disk};
 use crate::{Paths, accelerator, cgroup, host, size};
 use arriving::Arriving;
 use images::connect;
-use prepare::{check_readable, check_socket_path, choose_channel, host_size, make_folders, title};
+use prepare::{
+    check_readable, check_socket_path, choose_channel, host_size, inherit_disk, make_folders, title,
+};
 
 /// A migration without its shim may take this long: `delete` has four seconds.
 const DEAD_SHIM_PATIENCE: std::time::Duration = std::time::Duration::from_millis(2000);
@@ -146,6 +151,10 @@ pub struct Machine {
     /// The guest's last event that was told.
     events_after: AtomicU64,
     deleted: AtomicBool,
+    /// The pod, for what outlives this machine.
+    pod_key: Option<Uuid>,
+    /// Its disk still has what the containers of the pod's last sandbox wrote.
+    inherited: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -263,15 +272,24 @@ impl Machine {
         make_folders(&paths, &folder, capabilities.qemu_user)?;
         storage::check_on_disk(&folder.dir)?;
         folder.save(&record)?;
+        folder.kept.sweep();
+        let pod_key = kept::key(&record.containerd_namespace, &spec.pod.uid);
         // A target's is filled by its source.
-        let format = !waits;
-        storage::pod_disk(
-            folder.disk(),
-            wanted.disk_gib,
-            capabilities.qemu_user,
-            format,
-        )
-        .await?;
+        let inherited = match pod_key {
+            Some(key) if !waits => inherit_disk(&libvirt, &paths, &folder, key).await?,
+            _ => false,
+        };
+        if inherited {
+            info!("machine {uuid}: the pod's disk is that of its last sandbox");
+        } else {
+            storage::pod_disk(
+                folder.disk(),
+                wanted.disk_gib,
+                capabilities.qemu_user,
+                !waits,
+            )
+            .await?;
+        }
 
         let channel = choose_channel(config.channel, &folder, pod)?;
         let plan = DomainPlan {
@@ -356,6 +374,8 @@ impl Machine {
             moved: AtomicBool::new(false),
             events_after: AtomicU64::new(0),
             deleted: AtomicBool::new(false),
+            pod_key,
+            inherited: AtomicBool::new(inherited),
         });
         let watcher = tokio::spawn(Self::follow(Arc::downgrade(&machine), changes));
         *lock(&machine.watcher) = Some(watcher);
@@ -462,6 +482,25 @@ impl Machine {
         Ok(())
     }
 
+    /// Notes which of the host's emptyDirs are on its disk.
+    ///
+    /// # Errors
+    /// The machine's folder cannot be written.
+    pub fn note_volumes(&self, copies: &[Copy]) -> Result<()> {
+        match self.pod_key {
+            Some(key) => Kept::note(&self.folder.dir, key, volumes_on_disk(copies)),
+            None => Ok(()),
+        }
+    }
+
+    /// After its end: returns when its disk has gone with the pod or on to the pod's next
+    /// machine, or a minute later.
+    pub async fn settled(&self) {
+        if let Some(key) = self.pod_key {
+            self.folder.kept.settled(key).await;
+        }
+    }
+
     /// Whether [`Self::delete`] has done its work.
     pub fn is_deleted(&self) -> bool {
         self.deleted.load(Ordering::Relaxed)
@@ -529,8 +568,15 @@ pub async fn remove(libvirt: &Libvirt, folder: &Folder, record: &Record) -> Resu
             Err(error) => note(Err(error)),
         }
     }
-    match first {
-        Some(error) => Err(error),
-        None => folder.remove(),
+    if let Some(error) = first {
+        return Err(error);
     }
+    if !record.moved
+        && let Err(error) = folder.kept.keep(&folder.dir)
+    {
+        // The pod's next machine starts with empty volumes then; this one must go.
+        warn!("{}", error.chain());
+    }
+    folder.kept.sweep();
+    folder.remove()
 }

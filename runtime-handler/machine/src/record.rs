@@ -8,11 +8,14 @@ use std::path::{Path, PathBuf};
 
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
-use log::warn;
+use log::{debug, warn};
+use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::Paths;
 use crate::domain::Size;
+use crate::kept::Kept;
 use crate::resize::Reached;
 use crate::storage::apply::write_atomically;
 
@@ -81,6 +84,24 @@ impl Record {
             images: BTreeMap::new(),
         }
     }
+
+    /// What of it the sandbox's bundle tells, for one whose own file cannot be read. Its taps
+    /// are not in there; they go with the pod's network namespace.
+    #[must_use]
+    pub fn read_from_bundle(mut self, bundle: &Path) -> Self {
+        let spec = Spec::load(bundle.join("config.json")).map_err(|error| error.to_string());
+        let sandbox =
+            spec.and_then(|spec| crate::spec::sandbox(&spec).map_err(|error| error.chain()));
+        match sandbox {
+            Ok(sandbox) => {
+                self.netns = sandbox.netns;
+                self.cgroups_path = sandbox.cgroups_path;
+            }
+            // A pod without a pause container has none.
+            Err(error) => debug!("{}: {error}", bundle.display()),
+        }
+        self
+    }
 }
 
 /// Where a machine's files lie.
@@ -90,6 +111,8 @@ pub struct Folder {
     pub dir: PathBuf,
     /// Sockets.
     pub run_dir: PathBuf,
+    /// Where its disk goes when the pod outlives it.
+    pub kept: Kept,
 }
 
 impl Folder {
@@ -98,7 +121,19 @@ impl Folder {
         Self {
             dir: cache_dir.join("machines").join(uuid.to_string()),
             run_dir: state_dir.join("machines").join(uuid.to_string()),
+            kept: Kept::new(cache_dir),
         }
+    }
+
+    /// Those of the host's other machines.
+    pub fn others(paths: &Paths, own: &Self) -> Vec<Self> {
+        let names = std::fs::read_dir(paths.cache_dir.join("machines"));
+        let names = names.into_iter().flatten().flatten();
+        names
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .map(|uuid| Self::new(&paths.state_dir, &paths.cache_dir, uuid))
+            .filter(|folder| folder.dir != own.dir)
+            .collect()
     }
 
     /// The pod's writable disk.
@@ -287,6 +322,26 @@ mod tests {
         std::fs::write(folder.record(), "{\"version\":").expect("file");
         assert_eq!(folder.load().expect("load"), None);
         assert!(folder.dir.join("machine.json.damaged").exists());
+    }
+
+    #[test]
+    fn what_a_damaged_record_knew_is_read_from_the_bundle() {
+        let bundle = tempfile::tempdir().expect("dir");
+        let bare = Record::new("k8s.io", "s1");
+        assert_eq!(bare.clone().read_from_bundle(bundle.path()), bare);
+        let namespaces =
+            r#"[{"type":"network","path":"/var/run/netns/n"},{"type":"pid"},{"type":"ipc"}]"#;
+        std::fs::write(
+            bundle.path().join("config.json"),
+            format!(
+                r#"{{"ociVersion":"1.2.0","linux":{{"cgroupsPath":"/pods/s1","namespaces":{namespaces}}}}}"#
+            ),
+        )
+        .expect("file");
+        let read = bare.clone().read_from_bundle(bundle.path());
+        assert_eq!(read.uuid, bare.uuid);
+        assert_eq!(read.cgroups_path.as_deref(), Some("/pods/s1"));
+        assert_eq!(read.netns, Some("/var/run/netns/n".into()));
     }
 
     #[test]

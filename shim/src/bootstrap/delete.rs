@@ -17,7 +17,7 @@ use protobuf::Message;
 
 use super::args::Args;
 use super::launch::Launch;
-use super::{args_bundle, program, socket};
+use super::{args_bundle, program, server_process, socket};
 use crate::backend::{Backend, BackendContext};
 use crate::rpc::convert::timestamp;
 
@@ -84,6 +84,12 @@ pub fn run_program(args: &Args, kind: Kind) -> Result<()> {
 }
 
 fn clean(launch: &Launch, bundle: &Path, backend: Backend) -> Result<()> {
+    // containerd has given the pod's server up. One that hangs is no longer to touch what is
+    // removed here; that it does not go is no reason to leave the rest.
+    let ended = match launch.role() {
+        Role::Sandbox => server_process::end(launch).map(drop),
+        Role::Container => Ok(()),
+    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -117,12 +123,13 @@ fn clean(launch: &Launch, bundle: &Path, backend: Backend) -> Result<()> {
         }
     })?;
     if launch.role() == Role::Sandbox {
-        // A server that lives still owns both; `delete` of a live pod removes nothing.
+        // A server that lives still owns both.
         if !socket::is_served(&launch.socket) {
             let _ = std::fs::remove_file(&launch.socket);
             launch.remove_pod_dir();
         }
     }
+    ended?;
     Launch::remove(bundle)
 }
 

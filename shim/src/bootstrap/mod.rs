@@ -15,6 +15,7 @@ mod delete;
 mod info;
 mod input;
 pub mod launch;
+mod server_process;
 pub mod socket;
 mod start;
 
@@ -78,14 +79,17 @@ fn args_bundle(args: &Args) -> Result<PathBuf> {
     }
 }
 
+fn program_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Container => CONTAINER_PROGRAM,
+        Kind::Machine => MACHINE_PROGRAM,
+    }
+}
+
 /// The program that serves `kind`: it lies beside this one.
 fn program(kind: Kind) -> Result<PathBuf> {
     let own = std::env::current_exe().context(|| "find this program".into())?;
-    let name = match kind {
-        Kind::Container => CONTAINER_PROGRAM,
-        Kind::Machine => MACHINE_PROGRAM,
-    };
-    let path = own.with_file_name(name);
+    let path = own.with_file_name(program_name(kind));
     if path.exists() {
         return Ok(path);
     }

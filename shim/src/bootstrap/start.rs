@@ -17,7 +17,7 @@ use super::args::Args;
 use super::input::{StartInput, read_stdin, start_input};
 use super::launch::Launch;
 use super::socket::{self, Bound};
-use super::{args_bundle, program};
+use super::{args_bundle, program, server_process};
 use crate::config::Config;
 use crate::sandbox::record::write_atomically;
 use crate::spec::{Identity, read_annotations};
@@ -91,7 +91,7 @@ fn spawn_server(args: &Args, launch: &Launch, bundle: &Path, listener: OwnedFd) 
         .context(|| "make the server's pipe".into())?;
     let mut command = Command::new(&program);
     command
-        .args(["-namespace", &args.namespace, "-id", &args.id, "serve"])
+        .args(server_process::arguments(&args.namespace, &args.id))
         .current_dir(bundle)
         .stdin(listener)
         .stdout(

@@ -15,7 +15,6 @@ use dyad_runtime_handler::handler::{
     Event, Exit, Instance, MachineEvent, ProcessId, RuntimeHandler,
 };
 use dyad_runtime_handler::spec::{PodInfo, Role};
-use dyad_runtime_handler::stats::Stats;
 use dyad_runtime_handler::{Error, Result};
 use log::{debug, error, info, warn};
 use tokio::sync::{mpsc, watch};
@@ -408,22 +407,6 @@ impl Driver {
             reply,
             |instance| async move { instance.pids().await },
         );
-    }
-
-    fn stats(&mut self, container: &str, reply: Reply<Stats>) {
-        let machine_is_off = self.pod.launch.kind == Kind::Machine
-            && self.tasks.get(container).is_some_and(|task| {
-                matches!(self.effective(task), State::Stopped | State::Incoming)
-            });
-        if machine_is_off {
-            let _ = reply.send(Err(Error::FailedPrecondition(format!(
-                "{container}: no usage to read: its machine is not on"
-            ))));
-            return;
-        }
-        self.read(container, reply, |instance| async move {
-            instance.stats().await
-        });
     }
 
     fn read<T: Send + 'static, F: Future<Output = Result<T>> + Send + 'static>(

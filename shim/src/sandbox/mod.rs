@@ -21,6 +21,7 @@ pub mod pod;
 pub mod record;
 pub mod state;
 mod task;
+mod usage;
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};

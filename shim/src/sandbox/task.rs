@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use dyad_runtime_handler::handler::{Exit, Instance, ProcessId};
 use dyad_runtime_handler::spec::Role;
+use dyad_runtime_handler::stats::Stats;
 use dyad_runtime_handler::{Error, Result};
 
 use super::lane::{Lane, Ticket};
@@ -194,6 +195,8 @@ pub(super) struct Task {
     pub(super) stopped_with_pod: bool,
     /// Somebody killed it while its machine was being stopped.
     pub(super) killed_with_pod: bool,
+    /// As it was read last.
+    pub(super) usage: Option<Stats>,
     pub(super) uris: StdioUris,
     /// Open until the process has ended for good.
     pub(super) stdio: Option<OpenStdio>,
@@ -225,6 +228,7 @@ impl Task {
             stopping: None,
             stopped_with_pod: false,
             killed_with_pod: false,
+            usage: None,
             uris,
             stdio: None,
             execs: BTreeMap::new(),

@@ -146,6 +146,11 @@ pub struct Machine {
 
 impl Machine {
     pub async fn boot(pod: &Pod) -> Self {
+        Self::boot_on(pod, false).await
+    }
+
+    /// On a disk that, if `inherited`, another sandbox of the pod had.
+    pub async fn boot_on(pod: &Pod, inherited: bool) -> Self {
         let guest = PathBuf::from(std::env::var_os("DYAD_GUEST").expect("DYAD_GUEST"));
         let socket = pod.path("channel");
         let console = pod.path("console");
@@ -235,13 +240,13 @@ impl Machine {
             image: pod.path("image.erofs"),
             qemu: std::sync::Mutex::new(qemu),
         };
-        machine.set_up().await;
+        machine.set_up(inherited).await;
         // Asking again changes nothing.
-        machine.set_up().await;
+        machine.set_up(inherited).await;
         machine
     }
 
-    async fn set_up(&self) {
+    async fn set_up(&self, inherited: bool) {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap();
@@ -280,6 +285,7 @@ impl Machine {
             ],
             sysctls: [("net.ipv4.ip_local_port_range".into(), "20000 30000".into())].into(),
             shm_size: 16 << 20,
+            pod_disk_inherited: inherited,
             ..Default::default()
         };
         let answer: SetupResponse = self.call(SANDBOX, "Setup", &request).await.unwrap();

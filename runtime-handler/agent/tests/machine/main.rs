@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 use dyad_agent_api::link::host::CallError;
 use dyad_agent_api::proto::agent::file::Content;
 use dyad_agent_api::proto::agent::{
-    File, Filesystem, GetFileRequest, GetFileResponse, PutFilesRequest, PutFilesResponse,
-    ResourcesRequest, ResourcesResponse, StreamsRequest, StreamsResponse, WaitEventsRequest,
-    WaitEventsResponse, guest_event,
+    CreateOptions, File, Filesystem, GetFileRequest, GetFileResponse, PutFilesRequest,
+    PutFilesResponse, ResourcesRequest, ResourcesResponse, StreamsRequest, StreamsResponse,
+    WaitEventsRequest, WaitEventsResponse, guest_event,
 };
 use dyad_agent_api::protobuf::{Message, MessageField};
 use dyad_agent_api::task_api::api::{
@@ -807,6 +807,37 @@ fn what_a_container_wrote_is_there_after_the_machine_was_stopped() {
         container.wait().await;
         container.delete().await;
         machine.shut_down(Duration::ZERO).await;
+    });
+}
+
+#[test]
+#[ignore = "needs DYAD_GUEST and QEMU"]
+fn a_disk_of_the_pods_last_sandbox_has_its_volumes_and_not_its_containers() {
+    guest::run(async {
+        let pod = Pod::new();
+        let volumes = |spec: &mut serde_json::Value, _: &mut CreateOptions| {
+            spec["mounts"].as_array_mut().unwrap().push(json!({
+                "source": "/run/dyad/pod/volumes", "destination": "/volumes", "type": "bind",
+                "options": ["rbind", "rw"]
+            }));
+        };
+        let write = "echo stays > /volumes/file; echo goes > /own; sync";
+        let read = "cat /volumes/file; ls /own 2>/dev/null; true";
+        for (inherited, script, expected) in [
+            (false, write, ""),
+            // The same sandbox's machine, started again.
+            (false, read, "stays\n/own\n"),
+            (true, read, "stays\n"),
+        ] {
+            let machine = Machine::boot_on(&pod, inherited).await;
+            let args = ["sh", "-c", script];
+            let container = machine.create_with("c", &args, volumes).await.unwrap();
+            container.start().await;
+            assert_eq!(container.read().await, expected);
+            assert_eq!(container.wait().await, 0);
+            // Not deleted: a machine that ends takes no leave of its containers.
+            machine.shut_down(Duration::ZERO).await;
+        }
     });
 }
 

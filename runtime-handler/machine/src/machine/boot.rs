@@ -14,6 +14,7 @@ use log::{debug, warn};
 use super::images::connect;
 use super::{Boot, Machine, POD_DISK_SERIAL, Power, lock};
 use crate::guest::GuestEvent;
+use crate::kept::Kept;
 use crate::network::apply as network;
 use crate::{cgroup, libvirt, slots};
 
@@ -95,7 +96,8 @@ impl Machine {
         let (boot_number, agent) = (*self.reboots.borrow(), self.agent());
         let booted = tokio::time::timeout(bound, async {
             agent.ready(bound).await?;
-            let setup = agent.setup(self.setup_request()).await?;
+            let setup = agent.setup(self.setup_request()).await;
+            let setup = setup.inspect_err(|error| self.doubt_disk(error))?;
             self.size_again(&agent).await?;
             Ok::<_, Error>(setup)
         });
@@ -138,8 +140,19 @@ impl Machine {
             Power::Off(_) => false,
         });
         if ready {
+            self.inherited.store(false, Ordering::Relaxed);
             self.events_after.store(0, Ordering::Relaxed);
             self.watch_guest();
+        }
+    }
+
+    /// A guest that says why it cannot be the pod, on a disk that comes from an earlier
+    /// machine: the next one is not to fail by that disk too.
+    fn doubt_disk(&self, error: &Error) {
+        let told = !matches!(error, Error::Unavailable(..) | Error::DeadlineExceeded(_));
+        if told && self.inherited.load(Ordering::Relaxed) {
+            warn!("the disk of the pod's last sandbox is given up: its emptyDirs will be empty");
+            Kept::forget(&self.folder.dir);
         }
     }
 
@@ -255,6 +268,7 @@ impl Machine {
                 .into(),
             sysctls: self.sandbox.sysctls.clone(),
             shm_size: SHM_BYTES,
+            pod_disk_inherited: self.inherited.load(Ordering::Relaxed),
             ..Default::default()
         }
     }

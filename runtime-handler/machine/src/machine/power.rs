@@ -248,6 +248,11 @@ impl Machine {
         Ok(())
     }
 
+    /// Tells one boot of its guest from the next in the same QEMU.
+    pub fn boot_number(&self) -> u64 {
+        *self.reboots.borrow()
+    }
+
     /// Whether its vCPUs are stopped.
     pub fn is_suspended(&self) -> bool {
         self.suspended.load(Ordering::Relaxed)

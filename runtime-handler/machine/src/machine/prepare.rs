@@ -4,8 +4,12 @@ use dyad_runtime_handler::Error;
 use dyad_runtime_handler::config::Channel;
 use dyad_runtime_handler::error::{Context, Result};
 use dyad_runtime_handler::spec::ContainerSpec;
+use uuid::Uuid;
 
 use crate::domain::AgentChannel;
+use crate::events::Observed;
+use crate::kept::Kept;
+use crate::libvirt::Libvirt;
 use crate::record::Folder;
 use crate::storage::apply::{self as storage, QemuUser};
 use crate::{Paths, size};
@@ -57,6 +61,7 @@ pub(super) fn make_folders(paths: &Paths, folder: &Folder, user: Option<QemuUser
         }
         storage::walkable_dir(&root.join("machines"))?;
     }
+    folder.kept.make()?;
     storage::walkable_dir(&folder.dir)?;
     storage::walkable_dir(&folder.run_dir)?;
     if let Some(user) = user {
@@ -64,6 +69,32 @@ pub(super) fn make_folders(paths: &Paths, folder: &Folder, user: Option<QemuUser
             .context(|| format!("set the owner of {}", folder.run_dir.display()))?;
     }
     Ok(())
+}
+
+/// The pod's disk, if an earlier sandbox of the pod left one, is this machine's: says so. That
+/// sandbox's machine may not be deleted yet; it is off.
+///
+/// # Errors
+/// The disk cannot be moved, or libvirt does not answer.
+pub(super) async fn inherit_disk(
+    libvirt: &Libvirt,
+    paths: &Paths,
+    folder: &Folder,
+    pod: Uuid,
+) -> Result<bool> {
+    for earlier in Folder::others(paths, folder) {
+        if !Kept::is_of(&earlier.dir, pod) {
+            continue;
+        }
+        let Some(record) = earlier.load()? else {
+            continue;
+        };
+        match libvirt.state(record.uuid).await? {
+            Observed::Absent | Observed::Off(_) => folder.kept.keep(&earlier.dir)?,
+            _ => {}
+        }
+    }
+    folder.kept.take(pod, &folder.dir)
 }
 
 /// vsock where it is asked for, or the host's kernel has it for guests.

@@ -207,6 +207,16 @@ fn empty_dir(copies: &mut Vec<Copy>, source: &Path, base: &Path, name: &str, how
     guest
 }
 
+/// The host's folders of the emptyDirs that are on the pod's disk.
+pub fn volumes_on_disk(copies: &[Copy]) -> impl Iterator<Item = PathBuf> {
+    copies
+        .iter()
+        .filter(|copy| {
+            copy.how == How::Directory && copy.guest.parent() == Some(Path::new(POD_VOLUMES))
+        })
+        .map(|copy| copy.host.clone())
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Role {
     SharedMemory,
@@ -373,6 +383,10 @@ mod tests {
         let sub = one(sub, Source::Directory).expect("plan");
         assert_eq!(guest_source(&sub), "/run/dyad/pod/volumes/cache/a/b");
         assert_eq!(sub.copies[0].host, Path::new(&source));
+        // A folder in it is no volume of its own.
+        let on_disk: Vec<PathBuf> = volumes_on_disk(&sub.copies).collect();
+        assert_eq!(on_disk, [PathBuf::from(&source)]);
+        assert_eq!(volumes_on_disk(&memory.copies).count(), 0);
         assert_eq!(
             sub.copies[1].guest,
             Path::new("/run/dyad/pod/volumes/cache/a/b")

@@ -522,6 +522,33 @@ async fn a_container_stopped_in_place_stays_for_containerd_and_starts_again() {
 }
 
 #[tokio::test]
+async fn the_usage_of_what_is_paused_or_kept_is_told_without_asking_its_machine() {
+    let pod = TestPod::running(Kind::Machine).await;
+    let stats = || pod.sandbox.stats("c".into());
+    let running = stats().await.unwrap();
+    assert!(running.cpu.usage_ns > 0 && running.memory.usage > 0);
+    let reads = || {
+        let calls = pod.fake.calls();
+        calls.iter().filter(|call| *call == "stats c").count()
+    };
+    assert_eq!(reads(), 1);
+
+    pod.operate(Operation::Pause, "").await.unwrap();
+    assert_eq!(stats().await.unwrap(), running, "it stands still");
+    pod.operate(Operation::Resume, "").await.unwrap();
+    pod.operate(Operation::Stop { grace: GRACE }, "")
+        .await
+        .unwrap();
+    let kept = stats().await.unwrap();
+    assert_eq!((kept.cpu, kept.memory.usage), (running.cpu, 0));
+    assert_eq!(reads(), 1);
+
+    pod.operate(Operation::Start, "").await.unwrap();
+    stats().await.unwrap();
+    assert_eq!(reads(), 2);
+}
+
+#[tokio::test]
 async fn what_is_kept_stopped_ends_when_containerd_kills_it() {
     let mut pod = TestPod::running(Kind::Container).await;
     pod.operate(Operation::Stop { grace: GRACE }, "c")

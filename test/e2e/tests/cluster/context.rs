@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 /// For anything that the cluster is expected to do by itself. Two cores boot machines under
 /// emulation meanwhile.
-pub const SOON: Duration = Duration::from_secs(150);
+pub const SOON: Duration = Duration::from_secs(240);
 /// What kubectl answers once the cluster has what it asks for.
 const ASK: Duration = Duration::from_secs(60);
 

@@ -26,7 +26,7 @@ use trials::Case;
 
 /// Two trials wait for minutes. A machine asks for a quarter of a processor: of two, no more than
 /// eight are scheduled at once.
-const THREADS: usize = 3;
+const THREADS: usize = 5;
 
 fn main() -> ExitCode {
     let mut args = Arguments::from_args();

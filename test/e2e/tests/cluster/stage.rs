@@ -16,7 +16,7 @@ use crate::context::{Context, Kind};
 use crate::trials::Case;
 
 /// No trial takes longer than this.
-const TRIAL_TIMEOUT: Duration = Duration::from_secs(600);
+const TRIAL_TIMEOUT: Duration = Duration::from_secs(900);
 /// How long the last trial waits for the ones before it, builds from cold caches included.
 const END_TIMEOUT: Duration = Duration::from_secs(45 * 60);
 

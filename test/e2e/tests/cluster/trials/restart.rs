@@ -2,10 +2,11 @@
 
 use anyhow::Result;
 use dyad_e2e::check::same;
+use dyad_e2e::wait::until;
 use serde_json::{Value, json};
 
 use super::{Case, case};
-use crate::context::{Context, Kind, container, with};
+use crate::context::{Context, Kind, SOON, container, with};
 
 pub const CASES: &[Case] = &[case!(restart_policy_decides_after_an_exit)];
 
@@ -41,8 +42,10 @@ fn restart_policy_decides_after_an_exit(context: &Context<'_>) -> Result<()> {
     let on_failure = context.apply(&with_policy(context, "OnFailure", &both()))?;
     let never = context.apply(&with_policy(context, "Never", &both()))?;
 
-    always.wait("condition=Ready")?;
     for (name, code) in [("good", 0), ("bad", 3)] {
+        // Ready it may have been before its first end, too.
+        always.wait_for_container(name, "restartCount", "1")?;
+        always.wait_for_container(name, "ready", "true")?;
         let status = always.container(name)?;
         same("Always", &status["restartCount"], &json!(1))?;
         same(
@@ -54,13 +57,9 @@ fn restart_policy_decides_after_an_exit(context: &Context<'_>) -> Result<()> {
 
     on_failure.wait_for_container("bad", "restartCount", "1")?;
     on_failure.wait_for_container("bad", "ready", "true")?;
+    on_failure.wait_for_container("good", "state.terminated.exitCode", "0")?;
     let good = on_failure.container("good")?;
     same("OnFailure", &good["restartCount"], &json!(0))?;
-    same(
-        "OnFailure, exit code",
-        &good["state"]["terminated"]["exitCode"],
-        &json!(0),
-    )?;
 
     never.wait("jsonpath={.status.phase}=Failed")?;
     for (name, code) in [("good", 0), ("bad", 3)] {
@@ -82,7 +81,9 @@ fn restart_policy_decides_after_the_guest_shut_itself_down(context: &Context<'_>
             "idle",
             "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done",
         );
-        [with(idle, "securityContext", json!({"privileged": true}))]
+        let idle = with(idle, "securityContext", json!({"privileged": true}));
+        let shared = json!([{"name": "shared", "mountPath": "/shared"}]);
+        [with(idle, "volumeMounts", shared)]
     };
     let policies = ["Always", "OnFailure", "Never"];
     let mut pods = Vec::new();
@@ -93,6 +94,7 @@ fn restart_policy_decides_after_the_guest_shut_itself_down(context: &Context<'_>
         pod.wait("condition=Ready")?;
     }
     for pod in &pods {
+        pod.output("idle", "echo kept > /shared/file; touch /own; sync")?;
         // Nobody is left to tell how the exec ended.
         drop(pod.exec("idle", "echo o > /proc/sysrq-trigger; sleep 1000")?);
     }
@@ -109,6 +111,33 @@ fn restart_policy_decides_after_the_guest_shut_itself_down(context: &Context<'_>
     }
     always.wait_for_container("idle", "restartCount", "1")?;
     always.wait("condition=Ready")?;
-    always.output("idle", "true")?;
-    Ok(())
+    // The pod is the same, and so are its volumes; its containers are new ones.
+    same(
+        "emptyDir, and what the container wrote itself",
+        always
+            .output("idle", "cat /shared/file; ls /own 2>/dev/null; true")?
+            .as_str(),
+        "kept\n",
+    )?;
+    let uid = always.get()?["metadata"]["uid"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    let path = format!("pod/{}", always.name());
+    context
+        .cluster
+        .run(&["delete", &path, "--wait=true"], SOON)?
+        .success("kubectl delete")?;
+    let kept = context.cluster.env.dir.join("dyad/lib/kept");
+    until(SOON, "the pod's disk to go with it", || {
+        let names_it = std::fs::read_dir(&kept)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .any(|entry| {
+                std::fs::read_to_string(entry.path().join("volumes.json"))
+                    .is_ok_and(|volumes| volumes.contains(&uid))
+            });
+        Ok((!names_it).then_some(()))
+    })
 }

@@ -98,7 +98,7 @@ fn the_metrics_are_honest_and_an_autoscaler_follows_them(context: &Context<'_>) 
     rolled_out(context, &deployment)?;
     let pod = pod_name(&context.pods()?)?;
 
-    // 200m used of 100m asked for: more than the target.
+    // 200m may be used of 100m asked for. On a host with other load it is less, but never as little as the target.
     context.apply(&json!({
         "apiVersion": "autoscaling/v2",
         "kind": "HorizontalPodAutoscaler",
@@ -108,11 +108,13 @@ fn the_metrics_are_honest_and_an_autoscaler_follows_them(context: &Context<'_>) 
             "minReplicas": 1,
             "maxReplicas": 2,
             "metrics": [{"type": "Resource", "resource": {
-                "name": "cpu", "target": {"type": "Utilization", "averageUtilization": 80},
+                "name": "cpu", "target": {"type": "Utilization", "averageUtilization": 20},
             }}],
         },
     }))?;
-    deployment.wait("jsonpath={.spec.replicas}=2")?;
+    deployment
+        .wait("jsonpath={.spec.replicas}=2")
+        .with_context(|| autoscaler(context, &deployment))?;
 
     let path = format!("/apis/metrics.k8s.io/v1beta1/namespaces/default/pods/{pod}");
     let metrics: Value = serde_json::from_str(&context.cluster.kubectl(&["get", "--raw", &path])?)?;
@@ -136,7 +138,7 @@ fn the_metrics_are_honest_and_an_autoscaler_follows_them(context: &Context<'_>) 
         Kind::Dyad => 0.30,
         Kind::DyadVm => 1.05,
     };
-    within("the busy container's processor time", busy_cpu, 0.08, most)?;
+    within("the busy container's processor time", busy_cpu, 0.02, most)?;
     within("the idle container's processor time", idle_cpu, 0.0, 0.05)?;
     within("the busy container's MiB", busy_memory / mib, 32.0, 64.0)?;
     within("the idle container's MiB", idle_memory / mib, 0.01, 24.0)?;
@@ -146,6 +148,15 @@ fn the_metrics_are_honest_and_an_autoscaler_follows_them(context: &Context<'_>) 
         .cluster
         .kubectl(&["top", "pod", &pod, "--containers"])?;
     names(&top, &["busy", "idle"])
+}
+
+/// What the autoscaler says of itself.
+fn autoscaler(context: &Context<'_>, deployment: &Object<'_>) -> String {
+    let path = format!("hpa/{}", deployment.name());
+    context
+        .cluster
+        .kubectl(&["describe", &path])
+        .unwrap_or_else(|error| format!("{error:#}"))
 }
 
 fn within(what: &str, value: f64, from: f64, to: f64) -> Result<()> {

@@ -33,7 +33,16 @@ pub const CASES: &[Case] = &[
     case!(machines_survive_libvirtds_kill_and_restart)
         .on(MACHINES)
         .alone(),
+    case!(a_resized_machine_keeps_its_size_over_libvirtds_restart)
+        .on(MACHINES)
+        .alone(),
     case!(a_killed_shim_is_cleaned_up).on(OURS).alone().short(),
+    case!(a_shim_that_hangs_is_ended_when_containerd_gives_it_up)
+        .on(DYAD)
+        .alone(),
+    case!(damaged_records_lose_neither_the_pod_nor_its_traces)
+        .on(DYAD)
+        .alone(),
 ];
 
 fn pods_survive_containerds_kill_and_restart(context: &Context<'_>) -> Result<()> {
@@ -212,6 +221,51 @@ fn machines_survive_libvirtds_kill_and_restart(context: &Context<'_>) -> Result<
     pod.remove()
 }
 
+/// One vCPU and that much memory for the container.
+fn resize(context: &Context<'_>, container: &str, mib: u64) -> Result<()> {
+    let memory = (mib << 20).to_string();
+    context.crictl.update(container, &["--memory", &memory])
+}
+
+fn a_resized_machine_keeps_its_size_over_libvirtds_restart(context: &Context<'_>) -> Result<()> {
+    let limit = |mib: u64| json!({"memory_limit_in_bytes": mib << 20});
+    let pod = context.pod_with(|config| config["linux"]["resources"] = limit(256))?;
+    let container = pod.run_with("trap 'exit 42' TERM; sleep 1000 & wait", |config| {
+        config["linux"]["resources"] = limit(128);
+    })?;
+    let told = |mib: u64| -> Result<()> {
+        let state = context.env.dyadctl(&["state", &pod.id])?;
+        names(&state.text(), &[&format!("{mib} MiB")])
+    };
+    // What the guest has; its kernel keeps a part, the same at each size.
+    let guest = || -> Result<u64> {
+        let kib = container.output("sed -n 's/^MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo")?;
+        Ok(kib.trim().parse::<u64>().context("MemTotal")? >> 10)
+    };
+    let at_boot = guest()?;
+    resize(context, &container.id, 256)?;
+    told(384)?;
+    let grown = guest()?;
+    if (at_boot + 128).abs_diff(grown) > 4 {
+        bail!("the guest had {at_boot} MiB, and has {grown} after 128 MiB more");
+    }
+
+    context.env.kill_and_restart("libvirtd")?;
+    told(384)?;
+    same("the guest's memory", guest()?, grown)?;
+    resize(context, &container.id, 160)?;
+    told(288)?;
+    let shrunk = guest()?;
+    if (at_boot + 32).abs_diff(shrunk) > 4 {
+        bail!("the guest had {at_boot} MiB at boot, and has {shrunk} with 32 MiB more");
+    }
+    resize(context, &container.id, 320)?;
+    told(448)?;
+    context.crictl.stop(&container.id, 30)?;
+    same("exit code", container.status()?.exit_code, 42)?;
+    pod.remove()
+}
+
 fn a_killed_shim_is_cleaned_up(context: &Context<'_>) -> Result<()> {
     let warm = context.pod()?;
     warm.output_of("true")?;
@@ -238,4 +292,95 @@ fn a_killed_shim_is_cleaned_up(context: &Context<'_>) -> Result<()> {
     })?;
     pod.remove()?;
     before.nothing_new("a shim's kill and the pod's removal")
+}
+
+fn gone(what: &str, pid: Pid) -> Result<()> {
+    until(SOON, &format!("{what} to be gone"), || {
+        Ok((!runs(pid)).then_some(()))
+    })
+}
+
+fn a_shim_that_hangs_is_ended_when_containerd_gives_it_up(context: &Context<'_>) -> Result<()> {
+    let warm = context.pod()?;
+    warm.output_of("true")?;
+    warm.remove()?;
+    let before = Snapshot::take(&context.env.dir);
+
+    let pod = context.pod()?;
+    let container = pod.idle()?;
+    let shim = shim_of(&pod.id)?;
+    let process = context.crictl.inspect(&container.id)?["info"]["pid"]
+        .as_i64()
+        .context("no pid")?;
+    kill(shim, Signal::SIGSTOP)?;
+    // A containerd that starts asks every shim, waits for some seconds, and gives it up.
+    let restarted = context.env.kill_and_restart("containerd");
+    let ended = gone("the hanging shim", shim);
+    if ended.is_err() {
+        // Nothing else would end it, nor what it holds.
+        let _ = kill(shim, Signal::SIGKILL);
+    }
+    restarted.and(ended)?;
+    let process = Pid::from_raw(i32::try_from(process)?);
+    gone("the container's process", process)?;
+    same("state", container.exited()?.exit_code == 0, false)?;
+    same("pod", pod.status()?.state.as_str(), "SANDBOX_NOTREADY")?;
+    pod.remove()?;
+    // containerd is another process now.
+    until(SOON, "the host to be clean but for processes", || {
+        let left = before.new_since();
+        Ok(left
+            .iter()
+            .all(|line| line.starts_with("process "))
+            .then_some(()))
+    })
+    .with_context(|| format!("left: {:?}", before.new_since()))?;
+    same("the pod has a shim", shim_of(&pod.id).is_ok(), false)
+}
+
+fn damaged_records_lose_neither_the_pod_nor_its_traces(context: &Context<'_>) -> Result<()> {
+    const DAMAGED: &str = "{\"version\": 1, \"ki";
+    const NEWER: &str = "{\"version\": 9, \"all\": {\"is\": \"different\"}}";
+    let warm = context.pod()?;
+    warm.output_of("true")?;
+    warm.remove()?;
+    for record in [DAMAGED, NEWER] {
+        let before = Snapshot::take(&context.env.dir);
+        let pod = context.pod()?;
+        let container = pod.idle()?;
+        let of_pod = context
+            .env
+            .dir
+            .join("dyad/run/k8s.io")
+            .join(&pod.id)
+            .join("record.json");
+        std::fs::write(&of_pod, record).with_context(|| of_pod.display().to_string())?;
+        container.output("true")?;
+        for verb in ["pause", "resume"] {
+            context.env.dyadctl(&[verb, &pod.id])?.success(verb)?;
+        }
+        // Each change of state writes it whole.
+        let text = std::fs::read_to_string(&of_pod)?;
+        names(&text, &["\"running\"", &pod.id])?;
+
+        // With it, and with the machine's own, damaged, a dead shim's pod is cleaned up.
+        std::fs::write(&of_pod, record)?;
+        if context.handler.is_machine() {
+            let domain = context.env.domain_of(pod.name())?;
+            let machines = context.env.dir.join("dyad/lib/machines");
+            let of_machine = machines
+                .join(domain.trim_start_matches("dyad-"))
+                .join("machine.json");
+            names(&std::fs::read_to_string(&of_machine)?, &[&pod.id])?;
+            std::fs::write(&of_machine, record)?;
+        }
+        let process = context.crictl.inspect(&container.id)?["info"]["pid"].as_i64();
+        let process = Pid::from_raw(i32::try_from(process.context("no pid")?)?);
+        kill(shim_of(&pod.id)?, Signal::SIGKILL)?;
+        same("exit code is 0", container.exited()?.exit_code == 0, false)?;
+        gone("the container's process", process)?;
+        pod.remove()?;
+        before.nothing_new("the end of a pod with damaged records")?;
+    }
+    Ok(())
 }

@@ -44,6 +44,9 @@ fn nothing_is_left_of_a_removed_pod(context: &Context<'_>) -> Result<()> {
     two.says("wrote")?;
     context.crictl.stop(&one.id, 10)?;
     context.crictl.rm(&one.id)?;
+    // As kubelet does: the volumes go when nothing runs any more.
+    context.crictl.stopp(&pod.id)?;
+    std::fs::remove_dir_all(&folder)?;
     pod.remove()?;
     before.nothing_new("a pod's removal")
 }

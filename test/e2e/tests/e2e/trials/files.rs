@@ -3,15 +3,22 @@
 use std::fs;
 
 use anyhow::Result;
+use dyad_e2e::wait::until;
+use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 
-use super::{Case, case};
-use crate::context::{Context, same};
+use super::{Case, case, shim_of};
+use crate::context::{Context, Handler, SOON, same};
 
 pub const CASES: &[Case] = &[
     case!(a_layered_image_shows_whiteouts_and_opaque_folders),
     case!(what_a_container_writes_is_its_own),
     case!(an_empty_dir_is_shared_by_the_containers_of_a_pod),
+    case!(an_empty_dir_outlives_the_pods_sandbox_and_not_the_pod).on(&[
+        Handler::Dyad,
+        Handler::DyadVm,
+        Handler::DyadVmSandboxed,
+    ]),
     case!(config_map_and_hosts_files_are_there_and_read_only),
     case!(the_termination_message_comes_back),
 ];
@@ -70,6 +77,76 @@ fn an_empty_dir_is_shared_by_the_containers_of_a_pod(context: &Context<'_>) -> R
     )?;
     same("exit code", reader.exited()?.exit_code, 0)?;
     same("read", reader.logs()?.out().as_str(), "from the other\n")
+}
+
+/// The disks that the environment's machines left for their pods' next sandboxes, and the
+/// pod's folder is named in them.
+fn kept_disks(context: &Context<'_>, uid: &str) -> Result<usize> {
+    let mut count = 0;
+    for entry in fs::read_dir(context.env.dir.join("dyad/lib/kept"))
+        .into_iter()
+        .flatten()
+    {
+        // One may go while we look.
+        let volumes = fs::read_to_string(entry?.path().join("volumes.json")).unwrap_or_default();
+        count += usize::from(volumes.contains(uid));
+    }
+    Ok(count)
+}
+
+fn an_empty_dir_outlives_the_pods_sandbox_and_not_the_pod(context: &Context<'_>) -> Result<()> {
+    let mut config = context.pod_config();
+    let uid = config["metadata"]["uid"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    let folder = context.folder(&volume(&uid, "empty-dir", "kept"))?;
+    let mount = |config: &mut serde_json::Value| {
+        config["mounts"] = json!([{"container_path": "/kept", "host_path": folder}]);
+    };
+    let script = "echo $((1 + $(cat /kept/lives 2>/dev/null || echo 0))) > /kept/lives; sync; \
+                  cat /kept/lives; exec sleep 1000";
+    let mut pods = Vec::new();
+    for life in 1..=3 {
+        config["metadata"]["attempt"] = json!(life);
+        let pod = context.run_pod(context.handler, config.clone())?;
+        let container = pod.run_with(script, mount)?;
+        same(
+            "lives",
+            container.says(&format!("{life}\n"))?,
+            format!("{life}\n"),
+        )?;
+        if life == 2 {
+            // A dead shim's pod lives on as well.
+            kill(shim_of(&pod.id)?, Signal::SIGKILL)?;
+            container.exited()?;
+            until(SOON, "the pod to be not ready", || {
+                Ok((pod.status()?.state == "SANDBOX_NOTREADY").then_some(()))
+            })?;
+        }
+        context.crictl.stopp(&pod.id)?;
+        if life == 2 {
+            context.crictl.rmp(&pod.id)?;
+        } else {
+            // As kubelet leaves an earlier one for a while.
+            pods.push(pod);
+        }
+        if life < 3 && !context.handler.is_sandboxed() {
+            let kept = usize::from(context.handler.is_machine());
+            until(SOON, "the disk to be kept", || {
+                Ok((kept_disks(context, &uid)? == kept).then_some(()))
+            })?;
+        }
+    }
+    fs::remove_dir_all(&folder)?;
+    for pod in &pods {
+        context.crictl.rmp(&pod.id)?;
+    }
+    context.remove_cgroup_of(&config)?;
+    until(SOON, "the pod's disk to go with its folder", || {
+        Ok((kept_disks(context, &uid)? == 0).then_some(()))
+    })?;
+    Ok(())
 }
 
 fn config_map_and_hosts_files_are_there_and_read_only(context: &Context<'_>) -> Result<()> {

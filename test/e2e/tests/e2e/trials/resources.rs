@@ -1,10 +1,13 @@
 //! Limits are real, and what is used is told.
 
+use std::fs;
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, bail};
-use dyad_e2e::wait::until;
+use dyad_e2e::wait::{unchanged, until};
 use serde_json::{Value, json};
 
-use super::{Case, MACHINES, case};
+use super::{Case, DYAD, MACHINES, case};
 use crate::context::{Container, Context, SOON, names, refusal, same};
 
 pub const CASES: &[Case] = &[
@@ -13,6 +16,7 @@ pub const CASES: &[Case] = &[
     case!(a_running_machine_follows_the_limits_of_its_containers).on(MACHINES),
     case!(a_process_over_its_memory_limit_is_oom_killed).short(),
     case!(stats_tell_cpu_and_memory_of_container_and_pod).short(),
+    case!(what_is_kept_stopped_or_paused_has_a_usage_to_tell).on(DYAD),
     case!(pids_of_a_task_are_listed),
 ];
 
@@ -202,6 +206,52 @@ fn stats_tell_cpu_and_memory_of_container_and_pod(context: &Context<'_>) -> Resu
         if whole < least {
             bail!("the pod's working set is {whole} bytes: {stats}");
         }
+    }
+    Ok(())
+}
+
+/// containerd asks each second, and logs each error.
+const ROUNDS: Duration = Duration::from_secs(4);
+
+fn what_is_kept_stopped_or_paused_has_a_usage_to_tell(context: &Context<'_>) -> Result<()> {
+    let pod = context.pod()?;
+    let container = pod.run(
+        "dd if=/dev/zero of=/dev/shm/held bs=1M count=8 2>/dev/null; i=0; \
+         while [ $i -lt 20000 ]; do i=$((i + 1)); done; echo burnt; exec sleep 1000",
+    )?;
+    container.says("burnt")?;
+    let usage = || -> Result<(u64, u64)> {
+        let stats = context.crictl.stats(&container.id)?;
+        Ok((
+            number(&stats["cpu"]["usageCoreNanoSeconds"]),
+            number(&stats["memory"]["usageBytes"]),
+        ))
+    };
+    let (cpu, _) = until(SOON, "plausible stats", || {
+        let (cpu, memory) = usage()?;
+        Ok((cpu > 1_000_000 && memory > 0).then_some((cpu, memory)))
+    })?;
+    let log = context.env.dir.join("log/containerd.log");
+    // Lines that tell of an error with this container or its pod.
+    let errors = || -> Result<Vec<String>> {
+        let text = fs::read_to_string(&log)?;
+        let ours = |line: &&str| line.contains(&container.id) || line.contains(&pod.id);
+        Ok(text
+            .lines()
+            .filter(ours)
+            .filter(|line| line.contains("metrics") || line.contains("stats"))
+            .map(str::to_owned)
+            .collect())
+    };
+    for (verb, back) in [("pause", "resume"), ("stop", "start")] {
+        context.env.dyadctl(&[verb, &pod.id])?.success(verb)?;
+        unchanged(ROUNDS, "containerd's complaints", errors).with_context(|| verb.to_owned())?;
+        let (now, memory) = usage().with_context(|| verb.to_owned())?;
+        if now < cpu {
+            bail!("{verb}: {now} ns, and it was {cpu} ns");
+        }
+        same(verb, memory > 0, verb == "pause")?;
+        context.env.dyadctl(&[back, &pod.id])?.success(back)?;
     }
     Ok(())
 }
