@@ -10,4 +10,5 @@ pub mod env;
 pub mod forward;
 pub mod host;
 pub mod logs;
+pub mod nodes;
 pub mod wait;

@@ -1,0 +1,102 @@
+//! Two nodes to migrate between, made by `hack/up --nodes 2`.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::command;
+use crate::env::{Env, UP_TIMEOUT, Version, repository};
+use crate::host::remove_cgroup_parent;
+
+/// Two environments on one L2, each in namespaces of its own; down when dropped, except
+/// where `DYAD_E2E_KEEP` is set.
+#[derive(Debug)]
+pub struct Nodes {
+    /// The folder above both.
+    pub dir: PathBuf,
+    /// The first is where pods come from.
+    pub nodes: [Env; 2],
+}
+
+impl Nodes {
+    /// Brings them up in `$DYAD_E2E_DIR-SUFFIX`. What an earlier run left there goes first;
+    /// what it kept is used again.
+    ///
+    /// # Errors
+    /// `hack/up` failed; the text holds its output.
+    pub fn up(suffix: &str) -> Result<Self> {
+        let dir = std::env::var("DYAD_E2E_DIR").unwrap_or_else(|_| "/tmp/dyad-e2e".into());
+        let dir = PathBuf::from(format!("{dir}-{suffix}"));
+        let node = |name: &str| Env {
+            dir: dir.join(name),
+            version: Version::V2_3,
+        };
+        let nodes = Self {
+            nodes: [node("n1"), node("n2")],
+            dir,
+        };
+        if !is_kept() {
+            nodes.hack("down", &[])?;
+        }
+        let profile = std::env::var("DYAD_E2E_PROFILE").unwrap_or_else(|_| "release".into());
+        let mut options = vec!["--nodes", "2", "--containerd", Version::V2_3.number()];
+        options.extend(["--profile", &profile]);
+        if std::env::var_os("DYAD_E2E_NO_BUILD").is_some() {
+            options.push("--no-build");
+        }
+        nodes.hack("up", &options)?;
+        Ok(nodes)
+    }
+
+    /// The address of a node, counted from 1, in the network between them.
+    ///
+    /// # Errors
+    /// They are not up.
+    pub fn address(&self, node: u8) -> Result<String> {
+        let subnet = std::fs::read_to_string(self.dir.join("subnet"))?;
+        Ok(format!("{}.{}", subnet.trim(), node + 1))
+    }
+
+    /// Takes the second node's cable away (or gives it back): nothing passes between them.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn cable(&self, up: bool) -> Result<()> {
+        let end = if up { "up" } else { "down" };
+        let mut ip = Command::new("nsenter");
+        ip.arg("--target")
+            .arg(self.nodes[1].daemon("node")?.to_string())
+            .args(["--net", "--", "ip", "link", "set", "up0", end]);
+        command::run(&mut ip, b"", UP_TIMEOUT)?.success("ip link set up0")?;
+        Ok(())
+    }
+
+    fn hack(&self, name: &str, options: &[&str]) -> Result<()> {
+        let mut program = Command::new(repository().join("hack").join(name));
+        program.arg("--dir").arg(&self.dir).args(options);
+        command::run(&mut program, b"", UP_TIMEOUT)?.success(&format!("hack/{name}"))?;
+        Ok(())
+    }
+}
+
+fn is_kept() -> bool {
+    std::env::var_os("DYAD_E2E_KEEP").is_some()
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        for node in &self.nodes {
+            // What is left is told by who looks for it.
+            let _ = node.crictl().run(&["rmp", "--force", "--all"], b"");
+        }
+        if !is_kept() {
+            if let Err(error) = self.hack("down", &[]) {
+                eprintln!("{error:#}");
+            }
+            for node in &self.nodes {
+                remove_cgroup_parent(&node.dir);
+            }
+        }
+    }
+}
