@@ -95,7 +95,7 @@ up_nodes() {
     [ "$count" = 2 ] || die "--nodes $count: two nodes are what there is"
     mkdir -p "$parent"
     touch "$parent/.dyad-nodes"
-    allow_post_copy
+    allow_post_copy "$parent"
     umask 0022
     # Before any node's namespace is made: each sees the others' sockets, which unix:// streams connect to.
     for ((number = 1; number <= count; number++)); do mount_state "$parent/n$number"; done
@@ -110,14 +110,36 @@ up_nodes() {
     say "each node's exports: . $parent/n1.env, . $parent/n2.env"
 }
 
-# QEMU fetches memory after the switch by userfaultfd, as an unprivileged user.
-allow_post_copy() {
-    local knob=/proc/sys/vm/unprivileged_userfaultfd
-    if [ -w "$knob" ] && [ "$(cat "$knob")" = 0 ]; then
+# QEMU fetches memory after the switch by userfaultfd, as an unprivileged user. The knob is the host's: it is set back
+# when the last environment that wanted it goes.
+DYAD_USERFAULTFD=/proc/sys/vm/unprivileged_userfaultfd
+
+# allow_post_copy PARENT
+allow_post_copy() { locked userfaultfd allow_post_copy_here "$1"; }
+
+allow_post_copy_here() {
+    local users=$DYAD_CACHE/userfaultfd
+    [ -w "$DYAD_USERFAULTFD" ] || return 0
+    if [ "$(cat "$DYAD_USERFAULTFD")" = 0 ]; then
         say "setting vm.unprivileged_userfaultfd=1, for post-copy migration (hack/down sets it back)"
-        echo 1 >"$knob"
-        touch "$parent/.userfaultfd"
+        echo 1 >"$DYAD_USERFAULTFD"
+    elif [ ! -s "$users" ]; then
+        return 0
     fi
+    grep -qsxF "$1" "$users" || printf '%s\n' "$1" >>"$users"
+}
+
+# forbid_post_copy PARENT
+forbid_post_copy() { locked userfaultfd forbid_post_copy_here "$1"; }
+
+forbid_post_copy_here() {
+    local users=$DYAD_CACHE/userfaultfd folder
+    [ -s "$users" ] || return 0
+    while read -r folder; do
+        if [ "$folder" != "$1" ] && [ -e "$folder/.dyad-nodes" ]; then printf '%s\n' "$folder"; fi
+    done <"$users" >"$users.new"
+    mv "$users.new" "$users"
+    if [ ! -s "$users" ]; then echo 0 >"$DYAD_USERFAULTFD" || true; fi
 }
 
 # down_nodes DIR: every node, then what they shared.
@@ -127,7 +149,7 @@ down_nodes() {
         [ ! -d "$dir" ] || "$DYAD_REPO/hack/down" --dir "$dir"
     done
     ip link delete "$(bridge_name "$parent")" 2>/dev/null || true
-    if [ -e "$parent/.userfaultfd" ]; then echo 0 >/proc/sys/vm/unprivileged_userfaultfd || true; fi
+    forbid_post_copy "$parent"
     # A node that never came up has its state mounted already.
     remove_mounts "$parent"
     rm -rf "$parent"

@@ -75,6 +75,10 @@ struct State {
 }
 
 impl Parts {
+    fn resources(&self) -> Option<&LinuxResources> {
+        self.oci.linux().as_ref()?.resources().as_ref()
+    }
+
     fn make(&self, guest_id: &str, serial: &str) -> Result<Made> {
         let VolumePlan {
             mounts,
@@ -148,9 +152,7 @@ impl Container {
             image.key.clone()
         } else {
             machine.ready().await?;
-            let linux = parts.oci.linux().as_ref();
-            let resources = linux.and_then(|linux| linux.resources().as_ref());
-            machine.admit(&name, resources).await?;
+            machine.admit(&name, parts.resources()).await?;
             machine.plug(&image).await?
         };
         let made = Arc::new(parts.make(&spec.id, &serial)?);
@@ -234,8 +236,30 @@ impl Container {
         self.machine.started(process.clone());
         agent.adopt(&made.guest_id, None, stdio, known).await?;
         self.watch_end(agent.clone(), process);
-        self.keep_in_sync(agent);
+        if let Err(error) = self.machine.admit(&self.name, self.parts.resources()).await {
+            // As its source was.
+            warn!("limits of {}: {}", self.name, error.chain());
+        }
+        self.keep_in_sync(agent.clone());
+        let container = Arc::clone(self);
+        tokio::spawn(async move { container.catch_up(&agent).await });
         Ok(())
+    }
+
+    /// The guest has the source pod's copies, and this one's may have other content.
+    async fn catch_up(&self, agent: &Agent) {
+        let made = self.made();
+        // That one is the guest's to write.
+        let of_guest = made
+            .termination
+            .as_ref()
+            .map(|termination| &termination.host);
+        for copy in &made.copies {
+            let is_kept = matches!(copy.how, How::File | How::Tree);
+            if is_kept && Some(&copy.host) != of_guest {
+                self.refresh(agent, copy.clone()).await;
+            }
+        }
     }
 
     /// Puts the volumes and the container into the guest, and waits for its end.

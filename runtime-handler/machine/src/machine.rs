@@ -42,7 +42,7 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use crate::container::Container;
-use crate::domain::{Accelerator, AgentChannel, DomainPlan, Nic, PodDisk, Size, domain_name};
+use crate::domain::{Accelerator, AgentChannel, DomainPlan, Nic, PodDisk, domain_name};
 use crate::events::{Ending, Observed};
 use crate::guest::Agent;
 use crate::kept::{self, Kept};
@@ -108,7 +108,6 @@ pub struct Machine {
     agent: Mutex<Agent>,
     events: EventSender,
     qemu_user: Option<QemuUser>,
-    size: Size,
     /// What its next definition is made from: its size and images change.
     plan: Mutex<DomainPlan>,
     /// Its containers' limits, and one change of its size at a time.
@@ -345,7 +344,6 @@ impl Machine {
             channel,
             events,
             qemu_user: capabilities.qemu_user,
-            size: wanted.size,
             plan: Mutex::new(plan),
             sizing: tokio::sync::Mutex::new(Ledger::new(wanted.basis)),
             cpu_shares: wanted.cpu_shares,

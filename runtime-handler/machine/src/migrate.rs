@@ -16,12 +16,13 @@
 //! source, in the waiting definition), the *record* (source to target, in the definition
 //! that libvirt starts over there) and the *hand-over* (source to target, afterwards: only
 //! then is it known which bytes of output are on disk here).
-
 //!
 //! Here is what is decided; `machine::leaving` and `machine::arriving` do it.
 
+mod emulation;
 pub mod offer;
 mod transport;
 pub mod xml;
 
+pub use emulation::{blocker as emulation_blocker, version_key};
 pub use transport::{Streams, streams};

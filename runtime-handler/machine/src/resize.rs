@@ -20,6 +20,7 @@ use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::Result;
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 use quick_xml::events::Event;
+use serde::{Deserialize, Serialize};
 
 use crate::domain::Size;
 use crate::size::MEMORY_MIN_MIB;
@@ -30,7 +31,7 @@ pub const BLOCK_MIB: u64 = 2;
 const PERIOD: u64 = 100_000;
 
 /// What a container may use; `None`: no limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Limits {
     /// Thousandths of a CPU.
     pub cpu_milli: Option<u64>,
@@ -79,7 +80,7 @@ impl Limits {
 
 /// What the machine was made for; `None`: that part does not follow, because an
 /// annotation of the pod names it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Basis {
     /// Thousandths of a CPU.
     pub cpu_milli: Option<u64>,
@@ -88,7 +89,7 @@ pub struct Basis {
 }
 
 /// How big a machine is, or is to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reached {
     /// vCPUs that the guest runs.
     pub vcpus: u32,
@@ -115,7 +116,7 @@ impl Reached {
 }
 
 /// The limits of the pod's containers, at first and now, by container name.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Ledger {
     basis: Basis,
     containers: BTreeMap<String, (Limits, Limits)>,

@@ -67,9 +67,9 @@ impl Build {
     pub fn tell(self, up: &mut Command) {
         if self == Self::AsIs {
             up.arg("--no-build");
-            if let Some(profile) = std::env::var_os("DYAD_E2E_PROFILE") {
-                up.arg("--profile").arg(profile);
-            }
+        }
+        if let Some(profile) = std::env::var_os("DYAD_E2E_PROFILE") {
+            up.arg("--profile").arg(profile);
         }
     }
 }

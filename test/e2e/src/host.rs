@@ -228,15 +228,21 @@ fn leaves(folder: &Path, found: &mut Vec<PathBuf>) {
 /// The cgroup below which the pods of the environment in `dir` have theirs. It stays
 /// until [`remove_cgroup_parent`].
 pub fn cgroup_parent(dir: &Path) -> String {
-    let name = dir.file_name().unwrap_or_default().to_string_lossy();
-    format!("pods-of-{}", name.replace('.', "-"))
+    // The whole path: every pair of nodes has a folder `n1`.
+    let name = dir.to_string_lossy().replace(['/', '.'], "-");
+    format!("pods-of{name}")
 }
 
 /// Removes [`cgroup_parent`] where it is empty.
 pub fn remove_cgroup_parent(dir: &Path) {
+    remove_cgroup(&cgroup_parent(dir));
+}
+
+/// Removes an empty cgroup from every hierarchy, as kubelet does with a pod's.
+pub fn remove_cgroup(path: &str) {
     for top in hierarchies() {
-        // Not there, or what is in it has been told of already.
-        let _ = fs::remove_dir(top.join(cgroup_parent(dir)));
+        // Not there, or what is in it is told of by who looks for it.
+        let _ = fs::remove_dir(top.join(path));
     }
 }
 

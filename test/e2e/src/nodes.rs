@@ -1,5 +1,4 @@
-//! Two nodes on one L2, made by `hack/up --nodes 2`: each with a containerd and a libvirtd
-//! of its own, to migrate between.
+//! Two nodes to migrate between, made by `hack/up --nodes 2`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,20 +9,37 @@ use crate::command;
 use crate::env::{Build, Env, UP_TIMEOUT, Version, repository};
 use crate::host::remove_cgroup_parent;
 
-/// Both nodes; down when dropped, with what still runs on them.
+/// Two environments on one L2, each in namespaces of its own; down when dropped, except
+/// where `DYAD_E2E_KEEP` is set.
 #[derive(Debug)]
 pub struct Nodes {
-    dir: PathBuf,
-    /// The nodes.
+    /// The folder above both.
+    pub dir: PathBuf,
+    /// The first is where pods come from.
     pub nodes: [Env; 2],
 }
 
 impl Nodes {
-    /// Brings both up in `dir`; what an earlier run left there goes first.
+    /// Brings them up in `$DYAD_E2E_DIR-SUFFIX`. What an earlier run left there goes first;
+    /// what it kept is used again.
     ///
     /// # Errors
     /// `hack/up` failed; the text holds its output.
-    pub fn up(dir: &Path, build: Build) -> Result<Self> {
+    pub fn up(suffix: &str) -> Result<Self> {
+        let dir = std::env::var("DYAD_E2E_DIR").unwrap_or_else(|_| "/tmp/dyad-e2e".into());
+        let build = if std::env::var_os("DYAD_E2E_NO_BUILD").is_none() {
+            Build::Fresh
+        } else {
+            Build::AsIs
+        };
+        Self::up_in(&PathBuf::from(format!("{dir}-{suffix}")), build)
+    }
+
+    /// Brings them up in `dir`.
+    ///
+    /// # Errors
+    /// As [`Self::up`].
+    pub fn up_in(dir: &Path, build: Build) -> Result<Self> {
         let node = |name: &str| Env {
             dir: dir.join(name),
             version: Version::V2_3,
@@ -32,36 +48,65 @@ impl Nodes {
             nodes: [node("n1"), node("n2")],
             dir: dir.to_path_buf(),
         };
-        nodes.down()?;
-        let mut up = nodes.hack("up");
-        up.args(["--nodes", "2", "--containerd", Version::V2_3.number()]);
-        build.tell(&mut up);
-        command::run(&mut up, b"", UP_TIMEOUT)?.success("hack/up --nodes 2")?;
+        if !is_kept() {
+            nodes.hack("down", |_| {})?;
+        }
+        nodes.hack("up", |up| {
+            up.args(["--nodes", "2", "--containerd", Version::V2_3.number()]);
+            build.tell(up);
+        })?;
         Ok(nodes)
     }
 
-    fn down(&self) -> Result<()> {
-        command::run(&mut self.hack("down"), b"", UP_TIMEOUT)?.success("hack/down")?;
-        for node in &self.nodes {
-            remove_cgroup_parent(&node.dir);
-        }
+    /// The address of a node, counted from 1, in the network between them.
+    ///
+    /// # Errors
+    /// They are not up.
+    pub fn address(&self, node: u8) -> Result<String> {
+        let subnet = std::fs::read_to_string(self.dir.join("subnet"))?;
+        Ok(format!("{}.{}", subnet.trim(), node + 1))
+    }
+
+    /// Takes the second node's cable away (or gives it back): nothing passes between them.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn cable(&self, up: bool) -> Result<()> {
+        let end = if up { "up" } else { "down" };
+        let mut ip = Command::new("nsenter");
+        ip.arg("--target")
+            .arg(self.nodes[1].daemon("node")?.to_string())
+            .args(["--net", "--", "ip", "link", "set", "up0", end]);
+        command::run(&mut ip, b"", UP_TIMEOUT)?.success("ip link set up0")?;
         Ok(())
     }
 
-    fn hack(&self, name: &str) -> Command {
-        let mut command = Command::new(repository().join("hack").join(name));
-        command.arg("--dir").arg(&self.dir);
-        command
+    fn hack(&self, name: &str, options: impl FnOnce(&mut Command)) -> Result<()> {
+        let mut program = Command::new(repository().join("hack").join(name));
+        program.arg("--dir").arg(&self.dir);
+        options(&mut program);
+        command::run(&mut program, b"", UP_TIMEOUT)?.success(&format!("hack/{name}"))?;
+        Ok(())
     }
+}
+
+fn is_kept() -> bool {
+    std::env::var_os("DYAD_E2E_KEEP").is_some()
 }
 
 impl Drop for Nodes {
     fn drop(&mut self) {
         for node in &self.nodes {
+            // What is left is told by who looks for it.
             let _ = node.crictl().run(&["rmp", "--force", "--all"], b"");
         }
-        if let Err(error) = self.down() {
-            eprintln!("take the nodes down: {error:#}");
+        if !is_kept() {
+            if let Err(error) = self.hack("down", |_| {}) {
+                eprintln!("{error:#}");
+            }
+            for node in &self.nodes {
+                remove_cgroup_parent(&node.dir);
+            }
         }
     }
 }

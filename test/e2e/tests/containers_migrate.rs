@@ -1,77 +1,26 @@
 //! A pod of containers moves between two nodes, each with its own containerd. Brings both
-//! up by `hack/up --nodes 2` in `$DYAD_E2E_DIR-nodes`, and takes them down.
+//! up by `hack/up --nodes 2` in `$DYAD_E2E_DIR-mc`, and takes them down.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use dyad_e2e::command;
-use dyad_e2e::env::{Env, Version, repository};
-use dyad_e2e::host::{cgroup_parent, remove_cgroup_parent};
+use dyad_e2e::env::Env;
+use dyad_e2e::host::cgroup_parent;
 use dyad_e2e::logs::Logs;
+use dyad_e2e::nodes::Nodes;
 use dyad_e2e::wait::until;
 use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(60);
-const UP: Duration = Duration::from_secs(40 * 60);
 /// dyadctl's exit code for what the state, or the host, does not allow.
 const REFUSED: i32 = 4;
 
 /// Counts through a pipe: on stdout, in a file of its own, in a volume.
 const COUNT: &str = "mkfifo /tmp/p; exec 4<>/tmp/p; exec 3>>/count; i=0; while :; do \
      echo $i >&4; read j <&4; echo n $j; echo $j >&3; echo $j > /v/now; i=$((i+1)); sleep 0.05; done";
-
-/// Both nodes; down when dropped.
-struct Nodes {
-    dir: PathBuf,
-    nodes: [Env; 2],
-}
-
-impl Nodes {
-    fn up() -> Result<Self> {
-        let dir = std::env::var("DYAD_E2E_DIR").unwrap_or_else(|_| "/tmp/dyad-e2e".into());
-        let dir = PathBuf::from(format!("{dir}-mc"));
-        let node = |name: &str| Env {
-            dir: dir.join(name),
-            version: Version::V2_3,
-        };
-        let nodes = Self {
-            nodes: [node("n1"), node("n2")],
-            dir,
-        };
-        nodes.hack("down", &[])?;
-        let mut options = vec!["--nodes", "2"];
-        let profile = std::env::var("DYAD_E2E_PROFILE").unwrap_or_else(|_| "release".into());
-        options.extend(["--profile", &profile]);
-        if std::env::var_os("DYAD_E2E_NO_BUILD").is_some() {
-            options.push("--no-build");
-        }
-        nodes.hack("up", &options)?;
-        Ok(nodes)
-    }
-
-    fn hack(&self, name: &str, options: &[&str]) -> Result<()> {
-        let mut program = Command::new(repository().join("hack").join(name));
-        program.arg("--dir").arg(&self.dir).args(options);
-        command::run(&mut program, b"", UP)?.success(&format!("hack/{name}"))?;
-        Ok(())
-    }
-}
-
-impl Drop for Nodes {
-    fn drop(&mut self) {
-        for node in &self.nodes {
-            let _ = node.crictl().run(&["rmp", "--force", "--all"], b"");
-        }
-        let _ = self.hack("down", &[]);
-        for node in &self.nodes {
-            remove_cgroup_parent(&node.dir);
-        }
-    }
-}
 
 /// A pod with one container, on one node.
 struct Pod<'a> {
@@ -198,7 +147,7 @@ fn entries(dir: &Path) -> usize {
 
 #[test]
 fn a_pod_of_containers_moves_and_only_one_runs() {
-    let nodes = Nodes::up().unwrap();
+    let nodes = Nodes::up("mc").unwrap();
     let logs: Vec<_> = nodes.nodes.iter().map(Env::log_mark).collect();
     let result = trial(&nodes).and_then(|()| a_made_target(&nodes));
     let result = result.map_err(|error| {

@@ -16,6 +16,7 @@ use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
 use nix::errno::Errno;
+use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{AccessFlags, access};
 use oci_spec::runtime::{LinuxCapabilities, Process, Spec};
 
@@ -90,6 +91,7 @@ impl GuestExecutor {
                 let _ = pump::set_size(stdin.as_fd(), width, height);
             }
         }
+        default_sigpipe().map_err(Refusal::other("reset SIGPIPE"))?;
         if let Some(filter) = &self.filter {
             filter
                 .load()
@@ -168,6 +170,13 @@ impl Executor for GuestExecutor {
             refusal.text
         )))
     }
+}
+
+/// Rust's runtime ignores SIGPIPE, and execve keeps what is ignored: `yes | head` would not
+/// end, or end with an error.
+fn default_sigpipe() -> nix::Result<()> {
+    // SAFETY: no handler is installed, so none can run.
+    unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }.map(drop)
 }
 
 /// Why a program does not run.

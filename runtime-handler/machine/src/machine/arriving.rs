@@ -329,6 +329,7 @@ impl Machine {
     async fn go_on(self: &Arc<Self>, pid: u32, record: &Record) -> Vec<(ProcessId, u32)> {
         let agent = self.agent();
         *lock(&self.kernel_release) = record.kernel_release.clone();
+        self.take_sizing(&record.sizing).await;
         self.plan_what_came(record);
         for (interface, mac) in lock(&self.network).interfaces.iter_mut().zip(&record.macs) {
             interface.mac.clone_from(mac);
@@ -384,7 +385,6 @@ impl Machine {
             .collect();
         {
             let mut plan = lock(&self.plan);
-            plan.reached = record.reached;
             plan.images = record
                 .images
                 .iter()

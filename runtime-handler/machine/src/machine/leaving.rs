@@ -1,7 +1,6 @@
 //! The source of a migration: looks, moves, finds out what came of it, hands over.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -22,7 +21,7 @@ use crate::migrate::offer::{
     self, HANDOVER, Handover, OFFER, Offer, RECORD, Record, Traveller, Wanted,
 };
 use crate::migrate::xml::{self, Places};
-use crate::migrate::{Streams, streams};
+use crate::migrate::{Streams, emulation_blocker, streams, version_key};
 use crate::network::apply as network;
 use crate::storage::apply as storage;
 
@@ -81,6 +80,11 @@ impl Machine {
                  attached as disks"
             )));
         }
+        let here = self.libvirt.versions().await?;
+        let plugged_mib = lock(&self.plan).reached.plugged_mib;
+        if let Some(blocker) = emulation_blocker(self.accelerator, &here.qemu, plugged_mib) {
+            return Err(refuse(blocker));
+        }
         let destination = Libvirt::new(&parameters.destination);
         let there = destination.state(uuid).await.map_err(|error| {
             let why = Error::from(error).chain();
@@ -109,11 +113,11 @@ impl Machine {
                 parameters.destination
             ))
         })?;
-        let offer: Offer = offer::read("offer", &element)?;
+        let offer: Offer = offer::read("offer", &element).map_err(|error| refuse(error.chain()))?;
         let streams = streams(parameters, &offer)?;
         let wanted = self.wanted().await?;
         offer::fits(&wanted, &offer)?;
-        let (here, there) = tokio::try_join!(self.libvirt.versions(), destination.versions())?;
+        let there = destination.versions().await?;
         if version_key(&there.qemu) < version_key(&here.qemu) {
             return Err(refuse(format!(
                 "the target's QEMU {} is older than this node's {}: a machine moves to the same or a \
@@ -138,14 +142,16 @@ impl Machine {
             containers.insert(name, digest);
         }
         let disk = self.folder.disk();
-        let disk = std::fs::metadata(&disk).context(|| format!("look at {}", disk.display()))?;
+        let look = || format!("look at {}", disk.display());
+        let disk_bytes = std::fs::metadata(&disk).context(look)?.len();
+        let disk_used_bytes = storage::data_bytes(&disk).context(look)?;
         Ok(Wanted {
             release: env!("CARGO_PKG_VERSION").into(),
             accelerator: self.accelerator,
             vcpus: self.info().vcpus,
             memory_mib: self.info().memory_bytes >> 20,
-            disk_bytes: disk.len(),
-            disk_used_bytes: disk.blocks() * 512,
+            disk_bytes,
+            disk_used_bytes,
             mtus: lock(&self.network)
                 .interfaces
                 .iter()
@@ -247,7 +253,7 @@ impl Machine {
                 .iter()
                 .map(|disk| (disk.serial.clone(), disk.unit))
                 .collect(),
-            reached: plan.reached,
+            sizing: self.sizing().await,
             macs: ready.found.macs.clone(),
             kernel_release: lock(&self.kernel_release).clone(),
             events_after: self.events_after.load(Ordering::Relaxed),
@@ -497,21 +503,21 @@ impl Machine {
     /// libvirt refused.
     pub async fn hurry_migration(&self, how: Hurry) -> Result<()> {
         let uuid = self.record.uuid;
+        // Before the disks are copied there is no post-copy, and it would stand still for long.
+        while !self
+            .libvirt
+            .job(uuid)
+            .await
+            .is_ok_and(|job| job.memory_done != 0)
+        {
+            if !self.leaving.load(Ordering::Relaxed) || self.moved.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
         match how {
             Hurry::Pause => Ok(self.libvirt.suspend_for_migration(uuid).await?),
             Hurry::PostCopy => {
-                // It is possible only once the disks are copied.
-                while !self
-                    .libvirt
-                    .job(uuid)
-                    .await
-                    .is_ok_and(|job| job.memory_done != 0)
-                {
-                    if !self.leaving.load(Ordering::Relaxed) || self.moved.load(Ordering::Relaxed) {
-                        return Ok(());
-                    }
-                    tokio::time::sleep(LOOK_EVERY).await;
-                }
                 // Before: a switch whose answer is lost is a switch.
                 self.post_copy.store(true, Ordering::Relaxed);
                 let started = self.libvirt.start_post_copy(uuid).await;
@@ -534,13 +540,6 @@ fn disks_bandwidth(bound_mib_s: u64, size: u64, used: u64) -> u64 {
         .clamp(bound_mib_s, bound_mib_s.max(1 << 20))
 }
 
-fn version_key(version: &str) -> Vec<u32> {
-    version
-        .split('.')
-        .map(|part| part.parse().unwrap_or_default())
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -551,11 +550,5 @@ mod tests {
         assert_eq!(disks_bandwidth(8, 10 << 30, 10 << 30), 8, "a full disk");
         assert_eq!(disks_bandwidth(8, 10 << 30, 1 << 30), 80);
         assert_eq!(disks_bandwidth(8, 10 << 30, 0), 8 * 10 * 1024);
-    }
-
-    #[test]
-    fn versions_are_compared_by_their_numbers() {
-        assert!(version_key("10.0.0") > version_key("9.2.1"));
-        assert!(version_key("7.2.22") > version_key("7.2.9"));
     }
 }

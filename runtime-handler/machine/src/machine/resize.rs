@@ -9,7 +9,9 @@ use log::{info, warn};
 use oci_spec::runtime::LinuxResources;
 
 use super::{Machine, lock};
+use crate::domain::Size;
 use crate::guest::Agent;
+use crate::migrate::offer::Sizing;
 use crate::resize::{Limits, Reached, plugged_mib};
 
 /// How long a guest may take to give memory back, or to take it.
@@ -37,7 +39,7 @@ impl Machine {
         let mut ledger = self.sizing.lock().await.clone();
         let limits = ledger.limits(container).changed_by(resources);
         ledger.set(container, limits);
-        let (target, was) = (ledger.target(&self.size)?, self.reached());
+        let (target, was) = (ledger.target(&self.size())?, self.reached());
         Ok(target.memory_mib() > was.memory_mib() || target.vcpus > was.vcpus)
     }
 
@@ -66,7 +68,7 @@ impl Machine {
         let mut ledger = self.sizing.lock().await;
         let mut changed = ledger.clone();
         changed.set(container, limits);
-        let target = changed.target(&self.size)?;
+        let target = changed.target(&self.size())?;
         let was = self.reached();
         if target != was
             && let Err(error) = self.become_size(target).await
@@ -78,6 +80,30 @@ impl Machine {
         }
         *ledger = changed;
         Ok(())
+    }
+
+    /// How big it was made; one that arrived, by its source.
+    fn size(&self) -> Size {
+        lock(&self.plan).size
+    }
+
+    /// What it was made for and what became of that, for a target.
+    pub(super) async fn sizing(&self) -> Sizing {
+        Sizing {
+            size: self.size(),
+            reached: self.reached(),
+            ledger: self.sizing.lock().await.clone(),
+        }
+    }
+
+    /// Goes on from the source's.
+    pub(super) async fn take_sizing(&self, sizing: &Sizing) {
+        {
+            let mut plan = lock(&self.plan);
+            plan.size = sizing.size;
+            plan.reached = sizing.reached;
+        }
+        *self.sizing.lock().await = sizing.ledger.clone();
     }
 
     /// How big it is.
@@ -193,6 +219,7 @@ impl Machine {
         let record = {
             let plan = lock(&self.plan);
             let mut record = self.record.clone();
+            record.size = Some(plan.size);
             record.reached = Some(plan.reached);
             let units = plan
                 .images

@@ -10,8 +10,8 @@ use quick_xml::events::Event;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::domain::Accelerator;
-use crate::resize::Reached;
+use crate::domain::{Accelerator, Size};
+use crate::resize::{Ledger, Reached};
 
 /// The version of all three messages.
 pub const VERSION: u32 = 1;
@@ -91,7 +91,7 @@ pub struct Record {
     /// Images that are plugged in: serial and SCSI unit.
     pub images: BTreeMap<String, u32>,
     /// How big it is: it may have been resized.
-    pub reached: Reached,
+    pub sizing: Sizing,
     /// The guest's hardware addresses, in the order of its interfaces.
     pub macs: Vec<String>,
     /// `uname -r`.
@@ -100,6 +100,17 @@ pub struct Record {
     pub events_after: u64,
     /// The shim's own.
     pub pod: Vec<u8>,
+}
+
+/// What a machine was made for, and what became of that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sizing {
+    /// At power-on, and its bounds.
+    pub size: Size,
+    /// Now.
+    pub reached: Reached,
+    /// Its containers' limits.
+    pub ledger: Ledger,
 }
 
 /// A container that goes along.

@@ -9,10 +9,12 @@ use std::process::{Command, Output, Stdio};
 
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::unistd::{Whence, lseek};
 
 use super::plan::{LayerIdentity, RootPlan, image_key};
 
@@ -396,6 +398,26 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
     std::fs::rename(&partial, path)
 }
 
+/// How much of a file is data: neither holes nor what is allocated but reads as zeroes, as
+/// a disk that QEMU has copied is where it was empty.
+///
+/// # Errors
+/// It cannot be read.
+pub fn data_bytes(file: &Path) -> io::Result<u64> {
+    let file = File::open(file)?;
+    let (mut bytes, mut at) = (0, 0);
+    loop {
+        let data = match lseek(&file, at, Whence::SeekData) {
+            Ok(data) => data,
+            // Only a hole follows.
+            Err(Errno::ENXIO) => return Ok(bytes),
+            Err(error) => return Err(error.into()),
+        };
+        at = lseek(&file, data, Whence::SeekHole)?;
+        bytes += (at - data).unsigned_abs();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -406,5 +428,21 @@ mod tests {
         assert_eq!(common_parent(&layers), Path::new("/s"));
         let apart = ["/a/1", "/b/1"].map(PathBuf::from);
         assert_eq!(common_parent(&apart), Path::new("/"));
+    }
+
+    #[test]
+    fn what_is_allocated_and_empty_is_no_data() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("disk");
+        let file = File::create(&path).expect("file");
+        nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, 8 << 20)
+            .expect("allocated");
+        file.sync_all().expect("on disk");
+        assert_eq!(data_bytes(&path).expect("read"), 0);
+        std::os::unix::fs::FileExt::write_all_at(&file, &[1; 64 << 10], 1 << 20).expect("written");
+        file.sync_all().expect("on disk");
+        assert_eq!(data_bytes(&path).expect("read"), 64 << 10);
+        file.set_len(64 << 20).expect("longer");
+        assert_eq!(data_bytes(&path).expect("read"), 64 << 10);
     }
 }

@@ -79,7 +79,7 @@ fn main() -> Result<()> {
         .build()
         .context("start the async runtime")?;
     if let Some(What::Migrate { runs, place }) = &arguments.what {
-        let nodes = Nodes::up(&place.dir, place.build())?;
+        let nodes = Nodes::up_in(&place.dir, place.build())?;
         let rows = runtime.block_on(migrate::measure(&nodes, *runs))?;
         println!("{}\n{}", table::render(&rows), host_facts(&nodes.nodes[0])?);
         return Ok(());

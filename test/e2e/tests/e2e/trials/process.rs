@@ -20,6 +20,7 @@ pub const CASES: &[Case] = &[
     case!(environment_and_working_directory_are_set),
     case!(a_read_only_root_refuses_writes),
     case!(masked_and_readonly_paths_are_so),
+    case!(sigpipe_ends_who_writes_for_nobody),
     case!(seccomp_and_no_new_privs_hold_for_init_and_exec).short(),
     case!(containers_of_a_pod_see_each_other_as_its_namespaces_say).on(AND_HELD),
     case!(sysctls_of_the_pod_are_set).on(AND_HELD),
@@ -56,6 +57,25 @@ fn a_process_runs_as_the_user_and_groups_asked_for(context: &Context<'_>) -> Res
         "exec",
         container.output("id -u; id -g")?.as_str(),
         "1000\n1000\n",
+    )
+}
+
+/// execve keeps what is ignored, and both the shim and the guest's agent ignore it themselves.
+fn sigpipe_ends_who_writes_for_nobody(context: &Context<'_>) -> Result<()> {
+    const PIPE: u64 = 1 << 12;
+    let pod = context.pod()?;
+    let script = "cat /proc/self/status; echo end; sleep 1000 & trap 'exit 0' TERM; wait";
+    let container = pod.run(script)?;
+    let of_init = container.says("end")?;
+    let of_exec = container.output("cat /proc/self/status")?;
+    for (who, status) in [("init", of_init), ("exec", of_exec)] {
+        let ignored = u64::from_str_radix(&field(&status, "SigIgn")?, 16)?;
+        same(&format!("SIGPIPE of {who} is ignored"), ignored & PIPE, 0)?;
+    }
+    same(
+        "yes | head",
+        container.output("yes 2>&1 | head -n 1")?.as_str(),
+        "y\n",
     )
 }
 

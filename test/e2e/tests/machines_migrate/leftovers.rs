@@ -1,0 +1,64 @@
+//! What pods that moved, or did not, leave behind: fences, converted images, nothing else.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use dyad_e2e::host::Snapshot;
+use dyad_e2e::nodes::Nodes;
+use dyad_e2e::wait::until;
+
+/// libvirt and containerd remove a few things a moment after they answered.
+const SETTLE: Duration = Duration::from_secs(30);
+
+/// Both nodes, as they were.
+pub struct Leftovers([Snapshot; 2]);
+
+impl Leftovers {
+    pub fn before(nodes: &Nodes) -> Self {
+        Self(nodes.nodes.each_ref().map(|node| Snapshot::take(&node.dir)))
+    }
+
+    /// # Errors
+    /// Something stayed; it is named.
+    pub fn none_after(&self, nodes: &Nodes) -> Result<()> {
+        let mut left = Vec::new();
+        let gone = until(SETTLE, "both nodes to be clean", || {
+            left.clear();
+            for (snapshot, node) in self.0.iter().zip(&nodes.nodes) {
+                let new = snapshot.new_since();
+                left.extend(new.into_iter().filter(|line| !is_meant_to_stay(line)));
+                let domains = node.virsh(&["list", "--all", "--name"])?;
+                let domains = domains.lines().filter(|name| !name.is_empty());
+                left.extend(domains.map(|name| format!("domain {name} of {}", node.dir.display())));
+            }
+            Ok(left.is_empty().then_some(()))
+        });
+        if gone.is_err() {
+            bail!("left behind:\n  {}", left.join("\n  "));
+        }
+        Ok(())
+    }
+}
+
+fn is_meant_to_stay(line: &str) -> bool {
+    // A daemon that was killed has come back as another process.
+    let daemon = line.starts_with("process ")
+        && [
+            "/bin/containerd --config",
+            "libvirtd --config",
+            "libvirtd-in-namespace",
+        ]
+        .iter()
+        .any(|daemon| line.contains(daemon));
+    let file = [
+        "/dyad/lib/migrated",
+        "/dyad/lib/boot",
+        "/dyad/lib/images",
+        "/dyad/lib/erofs",
+        "/libvirt/etc/pki",
+        "/libvirt/dev",
+    ]
+    .iter()
+    .any(|path| line.contains(path));
+    daemon || file
+}

@@ -1,0 +1,243 @@
+//! Over the nodes' network: encrypted, over several connections.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use dyad_e2e::command;
+use dyad_e2e::nodes::Nodes;
+use dyad_e2e::wait::until;
+
+use crate::pod::{Pod, SOON, connected, seamless};
+
+/// Where libvirtd sees the folder `libvirt/etc/pki` of its node.
+const FOLDER: &str = "/etc/libvirt/pki";
+
+/// An authority's word counts, and nothing else; and back over parallel connections.
+pub fn streams_are_encrypted_and_parallel(nodes: &Nodes) -> Result<()> {
+    let [n1, n2] = &nodes.nodes;
+    let authorities = nodes.dir.join("pki");
+    for name in ["one", "other"] {
+        authority(&authorities, name)?;
+    }
+    for (node, signer, address) in [
+        (n1, "one", nodes.address(1)?),
+        (n2, "other", nodes.address(2)?),
+    ] {
+        certify(
+            &authorities,
+            signer,
+            &node.dir.join("libvirt/etc/pki"),
+            &address,
+        )?;
+        let conf = node.dir.join("libvirt/etc/qemu.conf");
+        let text = fs::read_to_string(&conf)?;
+        if !text.contains(FOLDER) {
+            let mut conf = fs::OpenOptions::new().append(true).open(conf)?;
+            writeln!(
+                conf,
+                "migrate_tls_x509_cert_dir = \"{FOLDER}\"\nmigrate_tls_x509_verify = 1"
+            )?;
+            node.kill_and_restart("libvirtd")?;
+        }
+    }
+    let source = Pod::counting(n1)?;
+    let machine = source.machine()?;
+    let there = format!("tcp://{}", nodes.address(2)?);
+    let encrypted = ["--migrate-uri", &there, "--disks-uri", &there, "--tls"];
+    {
+        let target = Pod::waiting(n2, &machine)?;
+        source.migrate(n2, &encrypted)?.failed(&["certificate"])?;
+        source
+            .stayed(&target)
+            .context("a target that nobody vouches for")?;
+    }
+    certify(
+        &authorities,
+        "one",
+        &n2.dir.join("libvirt/etc/pki"),
+        &nodes.address(2)?,
+    )?;
+    let target = Pod::waiting(n2, &machine)?;
+    source.migrate(n2, &encrypted)?.moved()?;
+    target.goes_on()?;
+    seamless(&[&source, &target])?;
+
+    let here = format!("tcp://{}", nodes.address(1)?);
+    let parallel = [
+        "--migrate-uri",
+        &here,
+        "--disks-uri",
+        &here,
+        "--allow-clear",
+        "--parallel",
+        "2",
+    ];
+    let back = Pod::waiting(n1, &machine)?;
+    target.migrate(n1, &parallel)?.moved()?;
+    back.goes_on()?;
+    seamless(&[&source, &target, &back])
+}
+
+/// A network that breaks off stops the copy; it goes on when the network does, or is given up.
+pub fn a_broken_network_gives_up_or_waits(nodes: &Nodes) -> Result<()> {
+    let [n1, n2] = &nodes.nodes;
+    let there = format!("tcp://{}", nodes.address(2)?);
+    let slow = [
+        "--migrate-uri",
+        &there,
+        "--disks-uri",
+        &there,
+        "--allow-clear",
+    ];
+    let source = Pod::counting(n1)?;
+    let machine = source.machine()?;
+    let cut = Cut::new(nodes);
+    {
+        let target = Pod::waiting(n2, &machine)?;
+        let migration = source.begin_slowly(n2, &[&slow[..], &["--max-time", "10s"]].concat())?;
+        cut.cut()?;
+        migration.end()?.failed(&["it took longer"])?;
+        cut.mend()?;
+        source.stayed(&target).context("given up")?;
+    }
+    let target = Pod::waiting(n2, &machine)?;
+    let migration = source.begin(n2, &[&slow[..], &["--bandwidth", "16"]].concat())?;
+    until(SOON, "the migration to copy memory", || {
+        Ok(n1
+            .virsh(&["domjobinfo", &machine])?
+            .contains("Memory processed")
+            .then_some(()))
+    })?;
+    cut.cut()?;
+    let count = source.numbers()?.last().copied().unwrap_or_default();
+    source
+        .counts_beyond(count + 30)
+        .context("while nothing is copied")?;
+    cut.mend()?;
+    migration.end()?.moved()?;
+    target.goes_on()?;
+    seamless(&[&source, &target])?;
+    connected(&target.ip()?).map(drop)
+}
+
+/// A cable that is back when dropped.
+struct Cut<'a>(&'a Nodes);
+
+impl<'a> Cut<'a> {
+    fn new(nodes: &'a Nodes) -> Self {
+        Self(nodes)
+    }
+
+    fn cut(&self) -> Result<()> {
+        self.0.cable(false)
+    }
+
+    fn mend(&self) -> Result<()> {
+        self.0.cable(true)
+    }
+}
+
+impl Drop for Cut<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.mend() {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn authority(folder: &Path, name: &str) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    let subject = format!("/CN=dyad-{name}");
+    openssl(
+        folder,
+        &[
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            &subject,
+            "-addext",
+            "keyUsage=critical,digitalSignature,keyCertSign,cRLSign",
+            "-keyout",
+            &format!("{name}.key"),
+            "-out",
+            &format!("{name}.crt"),
+        ],
+    )
+}
+
+/// A node's certificate, as QEMU wants its files to be called, both as server and as client.
+fn certify(authorities: &Path, signer: &str, folder: &Path, address: &str) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    let extensions = format!(
+        "subjectAltName=IP:{address}\nextendedKeyUsage=serverAuth,clientAuth\n\
+         keyUsage=critical,digitalSignature,keyEncipherment\n"
+    );
+    fs::write(authorities.join("extensions"), extensions)?;
+    openssl(
+        authorities,
+        &[
+            "req",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-subj",
+            &format!("/CN={address}"),
+            "-keyout",
+            "node.key",
+            "-out",
+            "node.csr",
+        ],
+    )?;
+    openssl(
+        authorities,
+        &[
+            "x509",
+            "-req",
+            "-days",
+            "2",
+            "-in",
+            "node.csr",
+            "-CA",
+            &format!("{signer}.crt"),
+            "-CAkey",
+            &format!("{signer}.key"),
+            "-CAcreateserial",
+            "-extfile",
+            "extensions",
+            "-out",
+            "node.crt",
+        ],
+    )?;
+    fs::copy(
+        authorities.join(format!("{signer}.crt")),
+        folder.join("ca-cert.pem"),
+    )?;
+    for role in ["server", "client"] {
+        fs::copy(
+            authorities.join("node.crt"),
+            folder.join(format!("{role}-cert.pem")),
+        )?;
+        let key = folder.join(format!("{role}-key.pem"));
+        fs::copy(authorities.join("node.key"), &key)?;
+        // QEMU's user has no name outside of libvirtd's namespace, and this authority no worth.
+        let all = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+        fs::set_permissions(key, all)?;
+    }
+    Ok(())
+}
+
+fn openssl(folder: &Path, arguments: &[&str]) -> Result<()> {
+    let mut openssl = Command::new("openssl");
+    openssl.current_dir(folder).args(arguments);
+    command::run(&mut openssl, b"", Duration::from_secs(60))?.success("openssl")?;
+    Ok(())
+}
