@@ -130,6 +130,28 @@ impl Libvirt {
         .await
     }
 
+    /// Whether the domain runs, or stands, while a part of its memory is on its source still.
+    ///
+    /// # Errors
+    /// It is not defined, or libvirt cannot be reached.
+    pub async fn is_in_post_copy(&self, uuid: Uuid) -> Result<bool, LibvirtError> {
+        self.on_domain("read state of domain", uuid, |domain| {
+            let (state, reason) = domain.get_state()?;
+            let reason = reason.cast_unsigned();
+            Ok(matches!(
+                (state, reason),
+                (
+                    sys::VIR_DOMAIN_RUNNING,
+                    sys::VIR_DOMAIN_RUNNING_POSTCOPY | sys::VIR_DOMAIN_RUNNING_POSTCOPY_FAILED
+                ) | (
+                    sys::VIR_DOMAIN_PAUSED,
+                    sys::VIR_DOMAIN_PAUSED_POSTCOPY | sys::VIR_DOMAIN_PAUSED_POSTCOPY_FAILED
+                )
+            ))
+        })
+        .await
+    }
+
     /// Moves the running domain; returns when that has ended either way. Not repeated
     /// when the connection breaks: what it came to must be looked up.
     ///

@@ -179,7 +179,14 @@ impl Machine {
     /// # Errors
     /// The source failed, or the machine could not be taken in: it does not run here.
     pub async fn receive(self: &Arc<Self>) -> Result<Arrival> {
-        let taken = self.take_in().await;
+        // Its end was told while nobody knew yet that it runs: it must not be told as running.
+        let taken = match self.take_in().await {
+            Ok(_) if self.is_off() => Err(Error::Unavailable(
+                "the machine died as it arrived".into(),
+                None,
+            )),
+            taken => taken,
+        };
         if taken.is_err() {
             let uuid = self.record.uuid;
             self.arriving.send_replace(Arriving::No);

@@ -36,6 +36,9 @@ const CANCEL_WITHIN: Duration = Duration::from_secs(5);
 /// The last output to its FIFOs.
 const HANDOVER_WITHIN: Duration = Duration::from_secs(2);
 
+/// Why post-copy cannot go back.
+const HALVES: &str = "it broke off after the switch, with the machine's memory in two halves";
+
 /// Where the machine runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Whereabouts {
@@ -186,6 +189,8 @@ impl Machine {
             let migrated = self.libvirt.migrate(uuid, job);
             tokio::select! {
                 migrated = migrated => migrated.map_err(Error::from),
+                // libvirt may wait over there for memory that is nowhere any more.
+                () = self.is_dead_here() => Err(Error::Unavailable("its QEMU has died".into(), None)),
                 never = self.observe_job(parameters, &ready.destination, &progress) => match never {},
             }
         };
@@ -305,6 +310,23 @@ impl Machine {
         })
     }
 
+    /// Returns when the machine has been dead here for a while, which is long after libvirt
+    /// has answered, where it does.
+    async fn is_dead_here(&self) {
+        let mut since = Instant::now();
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            match self.libvirt.state(self.record.uuid).await {
+                Ok(Observed::Off(ending)) if ending != Ending::Migrated => {
+                    if since.elapsed() > STANDSTILL {
+                        return;
+                    }
+                }
+                _ => since = Instant::now(),
+            }
+        }
+    }
+
     /// Tells figures until dropped, and sets what can be set only once the job is there.
     async fn observe_job(
         &self,
@@ -374,7 +396,20 @@ impl Machine {
                 Ok(here) => {
                     let there = destination.state(uuid).await;
                     debug!("machine {uuid}: here {here:?}, there {there:?}");
+                    let in_halves = self.post_copy.load(Ordering::Relaxed)
+                        && matches!(destination.is_in_post_copy(uuid).await, Ok(true));
                     match (here, there) {
+                        // What is still here goes there as long as it is here.
+                        (Observed::Paused, Ok(Observed::Running)) if in_halves => {}
+                        (Observed::Off(ending), Ok(_))
+                            if in_halves && ending != Ending::Migrated =>
+                        {
+                            // It waits there for memory that is nowhere any more.
+                            if let Err(error) = destination.destroy(uuid).await {
+                                warn!("{}", Error::from(error).chain());
+                            }
+                            return Whereabouts::Nowhere(HALVES.into());
+                        }
                         (Observed::Paused, Ok(Observed::Running)) => {
                             // Its last word was lost on the way.
                             if let Err(error) = self.libvirt.destroy(uuid).await {
@@ -388,11 +423,7 @@ impl Machine {
                         (Observed::Running, _) => return Whereabouts::Here,
                         _ if began.elapsed() < STANDSTILL => {}
                         (Observed::Paused, Ok(_)) if self.post_copy.load(Ordering::Relaxed) => {
-                            return Whereabouts::Nowhere(
-                                "it broke off after the switch, with the machine's memory in two \
-                                 halves"
-                                    .into(),
-                            );
+                            return Whereabouts::Nowhere(HALVES.into());
                         }
                         (Observed::Paused, Ok(Observed::Off(_) | Observed::Absent)) => {
                             match self.libvirt.resume(uuid).await {

@@ -60,5 +60,7 @@ fn is_meant_to_stay(line: &str) -> bool {
     ]
     .iter()
     .any(|path| line.contains(path));
-    daemon || file
+    // libvirt's own cgroup of a machine, which is empty: one that was killed forgets it.
+    let forgotten = line.starts_with("cgroup ") && line.contains("/machine/qemu-");
+    daemon || file || forgotten
 }

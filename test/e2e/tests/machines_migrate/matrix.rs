@@ -161,14 +161,8 @@ fn ends_or_waits(target: &Pod<'_>, told: bool) -> Result<()> {
 /// Asked for, and the target's libvirtd has not answered.
 fn preparing(source: &Pod<'_>, target: &Pod<'_>) -> Result<(Migration, Option<Held>)> {
     let held = Held::hold(target.env.daemon("libvirtd")?)?;
-    let migration = source.begin(target.env, &[])?;
-    until(SOON, "the check to be under way", || {
-        let again =
-            source
-                .env
-                .dyadctl(&["migrate", &source.id, "--to", &target.env.libvirt_uri()])?;
-        Ok(again.stderr.contains("migrating already").then_some(()))
-    })?;
+    let first = source.begin(target.env, &[])?;
+    let migration = first.the_one_under_way(source.begin(target.env, &[])?)?;
     Ok((migration, Some(held)))
 }
 

@@ -265,7 +265,9 @@ impl<'a> Pod<'a> {
     }
 
     fn begin_to(&self, uri: &str, options: &[&str]) -> Result<Migration> {
-        let told = self.log.with_file_name("migrate.log");
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let told = self.log.with_file_name(format!("migrate-{number}.log"));
         let file = fs::File::create(&told)?;
         let child = Command::new(self.env.program("dyadctl"))
             .arg("--state-dir")
@@ -287,16 +289,14 @@ impl<'a> Pod<'a> {
         self.begin_to(uri, options)?.end()
     }
 
-    /// Begins one that takes long, and waits until it copies memory.
+    /// Begins one that takes long, and waits until it copies memory that slowly.
     pub fn begin_slowly(&self, to: &Env, options: &[&str]) -> Result<Migration> {
         let migration = self.begin(to, &[&["--bandwidth", "2"], options].concat())?;
         let machine = self.machine()?;
-        until(SOON, "the migration to copy memory", || {
-            let job = self.env.virsh(&["domjobinfo", &machine]);
-            Ok(job
-                .unwrap_or_default()
-                .contains("Memory processed")
-                .then_some(()))
+        until(SOON, "the migration to copy memory slowly", || {
+            // While disks are copied it is another, for their holes.
+            let bound = self.env.virsh(&["migrate-getspeed", &machine])?;
+            Ok((bound.trim() == "2").then_some(()))
         })
         .with_context(|| format!("dyadctl said {:?}", migration.told()))?;
         Ok(migration)
@@ -368,6 +368,21 @@ pub struct Ended {
 impl Migration {
     fn told(&self) -> String {
         fs::read_to_string(&self.told).unwrap_or_default()
+    }
+
+    /// Of two that were asked for at once, the one that is not refused.
+    pub fn the_one_under_way(mut self, mut other: Self) -> Result<Self> {
+        let refused = until(SOON, "one of two migrations to be refused", || {
+            Ok(match (self.child.try_wait()?, other.child.try_wait()?) {
+                (None, None) => None,
+                (Some(_), None) => Some(self.told()),
+                (None, Some(_)) => Some(other.told()),
+                (Some(_), Some(_)) => bail!("both: {:?}, {:?}", self.told(), other.told()),
+            })
+        })?;
+        ensure!(refused.contains("migrating already"), "{refused:?}");
+        let is_over = self.child.try_wait()?.is_some();
+        Ok(if is_over { other } else { self })
     }
 
     /// Waits for its end.
