@@ -489,7 +489,7 @@ impl Instance for ContainerInstance {
         if !agent.drained(&guest_id, Some(exec_id), DRAIN).await {
             warn!("exec {exec_id} of container {}: output is lost", self.0.id);
         }
-        if self.0.machine.is_off() {
+        if self.0.machine.is_off() || self.0.machine.has_let_go() {
             return Ok(());
         }
         agent.delete(&guest_id, Some(exec_id)).await
@@ -559,7 +559,7 @@ impl Instance for ContainerInstance {
             warn!("container {}: output is lost", container.id);
         }
         let process = ProcessId::init(&container.id);
-        if container.machine.is_off() {
+        if container.machine.is_off() || container.machine.has_let_go() {
             container.machine.withdrawn(&process);
             return Ok(());
         }
