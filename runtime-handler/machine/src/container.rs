@@ -212,9 +212,12 @@ impl Container {
         Arc::clone(&self.lock().made)
     }
 
-    /// Nothing of it is in the guest: that boot is over.
+    /// Nothing of it is in the guest: that boot is over. Or it is no longer ours to ask: the
+    /// link to the guest was handed over to the migration's target.
     fn is_gone(&self) -> bool {
-        self.machine.is_off() || self.machine.boot_number() != self.lock().boot
+        self.machine.is_off()
+            || self.machine.has_let_go()
+            || self.machine.boot_number() != self.lock().boot
     }
 
     /// It has come with its machine: goes on from where its source's host stopped.

@@ -67,20 +67,6 @@ impl Nodes {
         Ok(format!("{}.{}", subnet.trim(), node + 1))
     }
 
-    /// Takes the second node's cable away (or gives it back): nothing passes between them.
-    ///
-    /// # Errors
-    /// `ip` failed.
-    pub fn cable(&self, up: bool) -> Result<()> {
-        let end = if up { "up" } else { "down" };
-        let mut ip = Command::new("nsenter");
-        ip.arg("--target")
-            .arg(self.nodes[1].daemon("node")?.to_string())
-            .args(["--net", "--", "ip", "link", "set", "up0", end]);
-        command::run(&mut ip, b"", UP_TIMEOUT)?.success("ip link set up0")?;
-        Ok(())
-    }
-
     fn hack(&self, name: &str, options: impl FnOnce(&mut Command)) -> Result<()> {
         let mut program = Command::new(repository().join("hack").join(name));
         program.arg("--dir").arg(&self.dir);

@@ -477,6 +477,11 @@ impl Machine {
         }
     }
 
+    /// Whether the link to the guest was given up, for a target: nobody here asks it again.
+    pub fn has_let_go(&self) -> bool {
+        self.handed_over.load(Ordering::Relaxed)
+    }
+
     /// Lets go of the link to the guest, once, and tells the target how far each stream is.
     async fn hand_over(&self, destination: &Libvirt) {
         let uuid = self.record.uuid;

@@ -41,7 +41,6 @@ const STEPS: &[Step] = &steps![
 ];
 
 const LONG_STEPS: &[Step] = &steps![
-    transport::a_broken_network_gives_up_or_waits,
     matrix::who_dies_before_anything_moves,
     matrix::who_dies_while_memory_is_copied,
     matrix::who_dies_while_memory_is_fetched,

@@ -73,7 +73,8 @@ pub fn who_dies_before_anything_moves(nodes: &Nodes) -> Result<()> {
             (Victim::SourceQemu, Then::SourceEnds),
             (Victim::SourceShim, Then::SourceEnds),
             (Victim::TargetShim, Then::SourceRuns),
-            (Victim::SourceLibvirtd, Then::SourceRuns),
+            // The shim connects again, and looks again.
+            (Victim::SourceLibvirtd, Then::TargetRuns),
             (Victim::Nobody, Then::SourceRuns),
         ],
     )

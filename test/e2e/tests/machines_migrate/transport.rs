@@ -9,9 +9,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use dyad_e2e::command;
 use dyad_e2e::nodes::Nodes;
-use dyad_e2e::wait::until;
 
-use crate::pod::{Pod, SOON, connected, seamless};
+use crate::pod::{Pod, seamless};
 
 /// Where libvirtd sees the folder `libvirt/etc/pki` of its node.
 const FOLDER: &str = "/etc/libvirt/pki";
@@ -80,73 +79,6 @@ pub fn streams_are_encrypted_and_parallel(nodes: &Nodes) -> Result<()> {
     target.migrate(n1, &parallel)?.moved()?;
     back.goes_on()?;
     seamless(&[&source, &target, &back])
-}
-
-/// A network that breaks off stops the copy; it goes on when the network does, or is given up.
-pub fn a_broken_network_gives_up_or_waits(nodes: &Nodes) -> Result<()> {
-    let [n1, n2] = &nodes.nodes;
-    let there = format!("tcp://{}", nodes.address(2)?);
-    let slow = [
-        "--migrate-uri",
-        &there,
-        "--disks-uri",
-        &there,
-        "--allow-clear",
-    ];
-    let source = Pod::counting(n1)?;
-    let machine = source.machine()?;
-    let cut = Cut::new(nodes);
-    {
-        let target = Pod::waiting(n2, &machine)?;
-        let migration = source.begin_slowly(n2, &[&slow[..], &["--max-time", "10s"]].concat())?;
-        cut.cut()?;
-        migration.end()?.failed(&["it took longer"])?;
-        cut.mend()?;
-        source.stayed(&target).context("given up")?;
-    }
-    let target = Pod::waiting(n2, &machine)?;
-    let migration = source.begin(n2, &[&slow[..], &["--bandwidth", "16"]].concat())?;
-    until(SOON, "the migration to copy memory", || {
-        Ok(n1
-            .virsh(&["domjobinfo", &machine])?
-            .contains("Memory processed")
-            .then_some(()))
-    })?;
-    cut.cut()?;
-    let count = source.numbers()?.last().copied().unwrap_or_default();
-    source
-        .counts_beyond(count + 30)
-        .context("while nothing is copied")?;
-    cut.mend()?;
-    migration.end()?.moved()?;
-    target.goes_on()?;
-    seamless(&[&source, &target])?;
-    connected(&target.ip()?).map(drop)
-}
-
-/// A cable that is back when dropped.
-struct Cut<'a>(&'a Nodes);
-
-impl<'a> Cut<'a> {
-    fn new(nodes: &'a Nodes) -> Self {
-        Self(nodes)
-    }
-
-    fn cut(&self) -> Result<()> {
-        self.0.cable(false)
-    }
-
-    fn mend(&self) -> Result<()> {
-        self.0.cable(true)
-    }
-}
-
-impl Drop for Cut<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = self.mend() {
-            eprintln!("{error:#}");
-        }
-    }
 }
 
 fn authority(folder: &Path, name: &str) -> Result<()> {
