@@ -66,6 +66,8 @@ pub struct Driver {
     pub(super) migrations: watch::Sender<MigrationView>,
     /// The pod waits for its source.
     pub(super) incoming: bool,
+    /// Asked to shut down when the pod's own task was gone: nobody asks again.
+    no_pod: bool,
     shutdown: bool,
 }
 
@@ -95,6 +97,7 @@ impl Driver {
             outgoing: None,
             migrations: watch::Sender::default(),
             incoming: false,
+            no_pod: false,
             shutdown: false,
         }
     }
@@ -139,13 +142,20 @@ impl Driver {
             }
             Command::CancelMigration(reply) => self.cancel_migration(reply),
             Command::Shutdown(reply) => {
-                // containerd asks after each container's delete; the last one counts.
-                if self.tasks.is_empty() {
-                    info!("shutting down");
-                    self.shutdown = true;
-                }
+                // containerd 1.x asks after each container's delete, and the last one counts; 2.x
+                // only after the pod's, which is not the last where all end at once.
+                let is_pod = |task: &Task| task.role == Role::Sandbox;
+                self.no_pod = !self.tasks.values().any(is_pod);
+                self.end_when_empty();
                 let _ = reply.send(Ok(()));
             }
+        }
+    }
+
+    fn end_when_empty(&mut self) {
+        if self.no_pod && self.tasks.is_empty() {
+            info!("shutting down");
+            self.shutdown = true;
         }
     }
 
@@ -545,6 +555,7 @@ impl Driver {
             warn!("{}", error.chain());
         }
         self.save();
+        self.end_when_empty();
     }
 }
 

@@ -415,6 +415,23 @@ async fn shutdown_waits_for_the_last_container() {
 }
 
 #[tokio::test]
+async fn a_container_that_outlives_its_pods_task_is_the_last() {
+    let pod = TestPod::running(Kind::Container).await;
+    for id in ["c", "pod"] {
+        pod.sandbox
+            .signal(ProcessId::init(id), libc::SIGKILL, true)
+            .await
+            .unwrap();
+        pod.sandbox.wait(ProcessId::init(id)).await.unwrap();
+    }
+    // As containerd 2.x does where both end at once: it asks after the pod's delete alone.
+    pod.sandbox.delete(ProcessId::init("pod")).await.unwrap();
+    pod.sandbox.shutdown().await.unwrap();
+    pod.sandbox.delete(ProcessId::init("c")).await.unwrap();
+    pod.driver.await.unwrap();
+}
+
+#[tokio::test]
 async fn the_record_says_what_is_there() {
     let pod = TestPod::running(Kind::Container).await;
     let dir = pod.dir.path().join("state/k8s.io/pod");
