@@ -346,8 +346,12 @@ impl<'a> Pod<'a> {
 
 impl Drop for Pod<'_> {
     fn drop(&mut self) {
+        let crictl = self.env.crictl();
+        // As kubelet does: where a shim was killed, containerd may still be about its task.
         // What is left is told by who looks for it.
-        let _ = self.env.crictl().rmp_force(&self.id);
+        let _ = until(SOON, "the pod to be removed", || {
+            Ok(crictl.rmp_force(&self.id).ok())
+        });
         let parent = self.config["linux"]["cgroup_parent"].as_str();
         remove_cgroup(parent.unwrap_or_default().trim_start_matches('/'));
     }
