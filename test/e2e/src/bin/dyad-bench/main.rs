@@ -134,8 +134,17 @@ fn host_facts(env: &Env) -> Result<String> {
         "Host: {cores} cores, kernel {}; containerd {containerd}, {}, {}, libvirt {}; accelerator {}.",
         first_line("uname".into(), &["-r"]),
         first_line(env.program("runc"), &["--version"]),
-        first_line("qemu-system-x86_64".into(), &["--version"]),
+        hypervisor(env),
         first_line("virsh".into(), &["--version"]),
         machines::accelerator(env),
     ))
+}
+
+/// The QEMU that libvirt runs, which is not the host's on nodes that migrate.
+fn hypervisor(env: &Env) -> String {
+    let told = env.virsh(&["version"]).unwrap_or_default();
+    told.lines()
+        .find_map(|line| line.strip_prefix("Running hypervisor: "))
+        .unwrap_or("QEMU unknown")
+        .to_owned()
 }
