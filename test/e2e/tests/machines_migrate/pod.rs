@@ -350,7 +350,9 @@ impl Drop for Pod<'_> {
         // As kubelet does: where a shim was killed, containerd may still be about its task.
         // What is left is told by who looks for it.
         let _ = until(SOON, "the pod to be removed", || {
-            Ok(crictl.rmp_force(&self.id).ok())
+            let removed = crictl.rmp_force(&self.id).is_ok();
+            let is_gone = removed || !crictl.pods()?.contains(&self.id);
+            Ok(is_gone.then_some(()))
         });
         let parent = self.config["linux"]["cgroup_parent"].as_str();
         remove_cgroup(parent.unwrap_or_default().trim_start_matches('/'));
