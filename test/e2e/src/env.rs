@@ -63,6 +63,15 @@ pub enum Build {
 }
 
 impl Build {
+    /// As `DYAD_E2E_NO_BUILD` asks.
+    pub fn asked() -> Self {
+        if std::env::var_os("DYAD_E2E_NO_BUILD").is_none() {
+            Self::Fresh
+        } else {
+            Self::AsIs
+        }
+    }
+
     /// The arguments of `hack/up` and `hack/cluster up` for it.
     pub fn tell(self, up: &mut Command) {
         if self == Self::AsIs {

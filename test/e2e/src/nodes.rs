@@ -27,12 +27,7 @@ impl Nodes {
     /// `hack/up` failed; the text holds its output.
     pub fn up(suffix: &str) -> Result<Self> {
         let dir = std::env::var("DYAD_E2E_DIR").unwrap_or_else(|_| "/tmp/dyad-e2e".into());
-        let build = if std::env::var_os("DYAD_E2E_NO_BUILD").is_none() {
-            Build::Fresh
-        } else {
-            Build::AsIs
-        };
-        Self::up_in(&PathBuf::from(format!("{dir}-{suffix}")), build)
+        Self::up_in(&PathBuf::from(format!("{dir}-{suffix}")), Build::asked())
     }
 
     /// Brings them up in `dir`.

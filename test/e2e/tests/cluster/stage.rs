@@ -99,12 +99,7 @@ impl Stage {
         }
         cluster.down()?;
         let before = Snapshot::take(&self.dir);
-        let build = if std::env::var_os("DYAD_E2E_NO_BUILD").is_none() {
-            Build::Fresh
-        } else {
-            Build::AsIs
-        };
-        Ok((Cluster::up(&self.dir, build)?, before))
+        Ok((Cluster::up(&self.dir, Build::asked())?, before))
     }
 
     /// The last trial: waits for the others, takes the cluster down, and compares the host

@@ -237,11 +237,7 @@ impl Stages {
 }
 
 fn bring_up(version: Version, dir: &std::path::Path, first: bool) -> Result<(Env, Snapshot)> {
-    let build = if first && std::env::var_os("DYAD_E2E_NO_BUILD").is_none() {
-        Build::Fresh
-    } else {
-        Build::AsIs
-    };
+    let build = if first { Build::asked() } else { Build::AsIs };
     let env = Env {
         dir: dir.to_path_buf(),
         version,

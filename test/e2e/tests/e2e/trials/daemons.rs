@@ -266,32 +266,19 @@ fn a_resized_machine_keeps_its_size_over_libvirtds_restart(context: &Context<'_>
     pod.remove()
 }
 
-fn a_killed_shim_is_cleaned_up(context: &Context<'_>) -> Result<()> {
+/// The host as it is once a pod has been there.
+fn warm(context: &Context<'_>) -> Result<Snapshot> {
     let warm = context.pod()?;
     warm.output_of("true")?;
     warm.remove()?;
-    let before = Snapshot::take(&context.env.dir);
+    Ok(Snapshot::take(&context.env.dir))
+}
 
-    let pod = context.pod()?;
-    let container = pod.idle()?;
-    let shim = shim_of(&pod.id)?;
-    let process = context.crictl.inspect(&container.id)?["info"]["pid"]
+fn process_of(context: &Context<'_>, container: &str) -> Result<Pid> {
+    let process = context.crictl.inspect(container)?["info"]["pid"]
         .as_i64()
         .context("no pid")?;
-    kill(shim, Signal::SIGKILL)?;
-    let status = container.exited()?;
-    if status.exit_code == 0 {
-        bail!("a container whose shim was killed exits with 0");
-    }
-    until(SOON, "the pod to be not ready", || {
-        Ok((pod.status()?.state == "SANDBOX_NOTREADY").then_some(()))
-    })?;
-    let process = Pid::from_raw(i32::try_from(process)?);
-    until(SOON, "the container's process to be gone", || {
-        Ok((!runs(process)).then_some(()))
-    })?;
-    pod.remove()?;
-    before.nothing_new("a shim's kill and the pod's removal")
+    Ok(Pid::from_raw(i32::try_from(process)?))
 }
 
 fn gone(what: &str, pid: Pid) -> Result<()> {
@@ -300,18 +287,33 @@ fn gone(what: &str, pid: Pid) -> Result<()> {
     })
 }
 
-fn a_shim_that_hangs_is_ended_when_containerd_gives_it_up(context: &Context<'_>) -> Result<()> {
-    let warm = context.pod()?;
-    warm.output_of("true")?;
-    warm.remove()?;
-    let before = Snapshot::take(&context.env.dir);
+fn a_killed_shim_is_cleaned_up(context: &Context<'_>) -> Result<()> {
+    let before = warm(context)?;
 
     let pod = context.pod()?;
     let container = pod.idle()?;
     let shim = shim_of(&pod.id)?;
-    let process = context.crictl.inspect(&container.id)?["info"]["pid"]
-        .as_i64()
-        .context("no pid")?;
+    let process = process_of(context, &container.id)?;
+    kill(shim, Signal::SIGKILL)?;
+    let status = container.exited()?;
+    if status.exit_code == 0 {
+        bail!("a container whose shim was killed exits with 0");
+    }
+    until(SOON, "the pod to be not ready", || {
+        Ok((pod.status()?.state == "SANDBOX_NOTREADY").then_some(()))
+    })?;
+    gone("the container's process", process)?;
+    pod.remove()?;
+    before.nothing_new("a shim's kill and the pod's removal")
+}
+
+fn a_shim_that_hangs_is_ended_when_containerd_gives_it_up(context: &Context<'_>) -> Result<()> {
+    let before = warm(context)?;
+
+    let pod = context.pod()?;
+    let container = pod.idle()?;
+    let shim = shim_of(&pod.id)?;
+    let process = process_of(context, &container.id)?;
     kill(shim, Signal::SIGSTOP)?;
     // A containerd that starts asks every shim, waits for some seconds, and gives it up.
     let restarted = context.env.kill_and_restart("containerd");
@@ -321,7 +323,6 @@ fn a_shim_that_hangs_is_ended_when_containerd_gives_it_up(context: &Context<'_>)
         let _ = kill(shim, Signal::SIGKILL);
     }
     restarted.and(ended)?;
-    let process = Pid::from_raw(i32::try_from(process)?);
     gone("the container's process", process)?;
     same("state", container.exited()?.exit_code == 0, false)?;
     same("pod", pod.status()?.state.as_str(), "SANDBOX_NOTREADY")?;
