@@ -17,25 +17,19 @@ pub const CASES: &[Case] = &[
     case!(rlimits_reach_the_process).on(CONTAINERS),
 ];
 
-/// A containerd namespace that CRI does not look into.
-const NAMESPACE: &str = "e2e";
-
-fn ctr(context: &Context<'_>, args: &[&str]) -> Result<Done> {
-    let mut ctr = context.env.ctr_command(NAMESPACE);
-    command::run(ctr.args(args), b"", Duration::from_secs(60))
+/// `ctr` in a containerd namespace of the handler's own, that CRI does not look into:
+/// trials of several handlers run at once, under the same ids.
+fn ctr(context: &Context<'_>, args: &[&str], stdin: &[u8]) -> Result<Done> {
+    let namespace = format!("e2e-{}", context.handler.name());
+    let mut ctr = context.env.ctr_command(&namespace);
+    command::run(ctr.args(args), stdin, Duration::from_secs(60))
 }
 
 /// The test image in this namespace too.
 fn import(context: &Context<'_>) -> Result<()> {
-    let folder = context.folder(&format!(
-        "image-{}",
-        std::thread::current().name().unwrap_or_default()
-    ))?;
-    let tar = folder.join("busybox.tar").display().to_string();
-    context
-        .env
-        .ctr(&["images", "export", &tar, crate::context::BUSYBOX])?;
-    ctr(context, &["images", "import", &tar])?.success("ctr images import")?;
+    let export = ["images", "export", "-", crate::context::BUSYBOX];
+    let tar = context.env.ctr(&export)?.stdout;
+    ctr(context, &["images", "import", "-"], &tar)?.success("ctr images import")?;
     Ok(())
 }
 
@@ -62,7 +56,7 @@ fn run(context: &Context<'_>, flags: &[&str], id: &str, program: &[&str]) -> Res
         program,
     ]
     .concat();
-    ctr(context, &args)
+    ctr(context, &args, b"")
 }
 
 fn ctr_run_gives_output_and_exit_code(context: &Context<'_>) -> Result<()> {
@@ -79,7 +73,8 @@ fn ctr_run_gives_output_and_exit_code(context: &Context<'_>) -> Result<()> {
 
 fn ctr_sees_a_paused_task_as_paused(context: &Context<'_>) -> Result<()> {
     run(context, &["--detach"], "paused", &["sleep", "1000"])?.success("ctr run")?;
-    let task = |args: &[&str]| ctr(context, &[&["tasks"], args].concat())?.success("ctr tasks");
+    let task =
+        |args: &[&str]| ctr(context, &[&["tasks"], args].concat(), b"")?.success("ctr tasks");
     let status = || -> Result<String> {
         let table = task(&["ls"])?.text();
         let line = table
@@ -103,8 +98,8 @@ fn ctr_sees_a_paused_task_as_paused(context: &Context<'_>) -> Result<()> {
             Ok((status()? == "STOPPED").then_some(()))
         })
     })();
-    let _ = ctr(context, &["tasks", "delete", "--force", "paused"]);
-    let _ = ctr(context, &["containers", "delete", "paused"]);
+    let _ = ctr(context, &["tasks", "delete", "--force", "paused"], b"");
+    let _ = ctr(context, &["containers", "delete", "paused"], b"");
     result
 }
 
