@@ -28,6 +28,29 @@ pub async fn by_serial(serial: &str) -> Result<PathBuf> {
     .await
 }
 
+/// Ends the manual mode that SCSI's core was loaded in, and looks for the disks that were
+/// there before the driver of their controller. All of them are units of target 0, by the
+/// machine's definition.
+pub fn scan_controllers() {
+    let write = |file: &Path, text: &str| {
+        if let Err(error) = std::fs::write(file, text) {
+            log::warn!(
+                "look for disks: write {text:?} to {}: {error}",
+                file.display()
+            );
+        }
+    };
+    let Ok(hosts) = std::fs::read_dir("/sys/class/scsi_host") else {
+        return;
+    };
+    // In manual mode the kernel does not look at a unit 0 that is plugged.
+    write(Path::new("/sys/module/scsi_mod/parameters/scan"), "sync");
+    for host in hosts.flatten() {
+        // Channel, target and unit; `-`: all.
+        write(&host.path().join("scan"), "0 0 -");
+    }
+}
+
 /// Serials become file names below `/run/dyad/images`.
 ///
 /// # Errors

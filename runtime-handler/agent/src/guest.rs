@@ -14,6 +14,7 @@ use dyad_agent_api::proto::agent_ttrpc::create_sandbox;
 use dyad_agent_api::task_api::shim_async::create_task;
 use dyad_runtime_handler::reaper::Reaper;
 use dyad_runtime_handler::{Error, Result, error::Context};
+use nix::errno::Errno;
 use nix::unistd::Pid;
 use tokio::sync::watch;
 
@@ -22,7 +23,7 @@ use crate::oom::Events;
 use crate::rootfs::Images;
 use crate::sandbox::SandboxService;
 use crate::task::{Containers, TaskService};
-use crate::{boot, button, logger, modules, power, uevent};
+use crate::{boot, button, disk, logger, modules, power, uevent};
 
 /// How long the host's channel may take to appear.
 const CHANNEL_WITHIN: Duration = Duration::from_secs(30);
@@ -39,8 +40,18 @@ pub struct Agent {
     pub images: Images,
     /// What happened, for `WaitEvents`.
     pub events: Arc<Events>,
-    /// Becomes true when no kernel module is left to load.
-    modules_loaded: watch::Receiver<bool>,
+    modules: watch::Receiver<Modules>,
+}
+
+/// How far the loading of kernel modules is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Modules {
+    /// The host can speak to us.
+    Channel,
+    /// Disks, file systems and network cards work.
+    Pod,
+    /// None is left to load.
+    All,
 }
 
 impl Agent {
@@ -54,10 +65,23 @@ impl Agent {
             .ok_or_else(|| Error::Unavailable("the link is not up".into(), None))
     }
 
+    /// Waits until disks, file systems and network cards work.
+    pub async fn drivers_loaded(&self) {
+        self.loaded(Modules::Pod).await;
+    }
+
     /// Waits until every kernel module is in.
     pub async fn modules_loaded(&self) {
+        self.loaded(Modules::All).await;
+    }
+
+    async fn loaded(&self, wanted: Modules) {
         // An error: the loader is gone, so there is nothing left to wait for.
-        let _ = self.modules_loaded.clone().wait_for(|done| *done).await;
+        let _ = self
+            .modules
+            .clone()
+            .wait_for(|reached| *reached >= wanted)
+            .await;
     }
 }
 
@@ -87,14 +111,14 @@ async fn serve(cmdline: &Cmdline) -> Result<()> {
     let boot_id = boot::boot_id()?;
     let reaper = Reaper::start().context(|| "start the reaper".into())?;
     let events = Events::start()?;
-    let modules_loaded = load_modules();
+    let modules = load_modules();
     let agent = Arc::new(Agent {
         link: OnceLock::new(),
         reaper,
         containers: Containers::default(),
         images: Images::default(),
         events,
-        modules_loaded,
+        modules,
     });
     let mut services = create_task(Arc::new(TaskService::new(Arc::clone(&agent))));
     services.extend(create_sandbox(Arc::new(SandboxService::new(
@@ -169,32 +193,50 @@ async fn serve_vsock(link: &Link) -> Result<()> {
     }
 }
 
-/// Loads the channel's modules at once, so that the host gets its answer, and the
-/// rest on a thread of their own.
-fn load_modules() -> watch::Receiver<bool> {
+/// Loads the channel's modules at once, so that the host gets its answer, and the rest on
+/// a thread of their own: what a pod waits for, then, behind all other work, what it does not.
+fn load_modules() -> watch::Receiver<Modules> {
     let list = fs::read_to_string(modules::LIST).unwrap_or_default();
-    let mut list = modules::parse(&list);
-    let channel = list
-        .iter()
-        .position(|module| modules::is_named(module, "virtio_console"))
-        .map_or(0, |at| at + 1);
-    for module in list.drain(..channel) {
+    let mut channel = modules::parse(&list);
+    let mut pod = split_after(&mut channel, "virtio_console");
+    let rest = split_after(&mut pod, "virtio_net");
+    for module in channel {
         modules::load(&module);
     }
-    let (done, loaded) = watch::channel(false);
-    let rest = move || {
+    let (reached, modules) = watch::channel(Modules::Channel);
+    let load = move || {
         let present = virtio_devices(Path::new("/sys/bus/virtio/devices"));
-        load_present(&list, &present);
+        load_present(&pod, &present);
+        disk::scan_controllers();
+        reached.send_replace(Modules::Pod);
+        if let Err(error) = yield_to_others() {
+            log::warn!("load modules beside other work: {error}");
+        }
+        load_present(&rest, &present);
         log::debug!("modules are loaded");
-        done.send_replace(true);
+        reached.send_replace(Modules::All);
     };
     let started = std::thread::Builder::new()
         .name("modules".into())
-        .spawn(rest);
+        .spawn(load);
     if let Err(error) = started {
         log::error!("load kernel modules: {error}");
     }
-    loaded
+    modules
+}
+
+/// Leaves in `list` what it has up to this module, and returns what is behind.
+fn split_after(list: &mut Vec<PathBuf>, name: &str) -> Vec<PathBuf> {
+    let at = list
+        .iter()
+        .position(|module| modules::is_named(module, name));
+    list.split_off(at.map_or(0, |at| at + 1))
+}
+
+/// The calling thread gets the processor when nobody else wants it.
+fn yield_to_others() -> nix::Result<()> {
+    // SAFETY: a plain system call; 0 is the calling thread.
+    Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) }).map(drop)
 }
 
 fn load_present(list: &[PathBuf], present: &HashSet<u32>) {

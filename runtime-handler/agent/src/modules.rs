@@ -1,7 +1,7 @@
 //! Kernel modules, in the order that the initramfs lists them.
 
 use std::collections::HashSet;
-use std::ffi::CString;
+use std::ffi::CStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -44,8 +44,13 @@ const OPTIONAL: &[(u32, &[&str])] = &[
         ],
     ),
     (24, &["virtio_mem"]),
-    (26, &["virtiofs"]),
+    (26, &["fuse", "virtiofs"]),
 ];
+
+/// What a module is loaded with. The scan that a controller begins with asks all of its 256
+/// targets, 0.1 s under software emulation: [`crate::disk::scan_controllers`] asks the one
+/// that the host uses.
+const PARAMETERS: &[(&str, &CStr)] = &[("scsi_mod", c"scan=manual")];
 
 /// Whether a module has anything to drive, given the ids on the virtio bus.
 pub fn is_of_use(module: &Path, present: &HashSet<u32>) -> bool {
@@ -57,10 +62,14 @@ pub fn is_of_use(module: &Path, present: &HashSet<u32>) -> bool {
 
 /// Loads one module. What fails is logged: whoever needs it fails by its own name.
 pub fn load(module: &Path) {
+    let parameters = PARAMETERS
+        .iter()
+        .find(|(name, _)| is_named(module, name))
+        .map_or(c"", |(_, parameters)| *parameters);
     let loaded = File::open(module)
         .map_err(|error| error.to_string())
         .and_then(|file| {
-            match finit_module(file, &CString::default(), ModuleInitFlags::empty()) {
+            match finit_module(file, parameters, ModuleInitFlags::empty()) {
                 // Loaded already, or there is no such device here.
                 Ok(()) | Err(Errno::EEXIST | Errno::ENODEV) => Ok(()),
                 Err(error) => Err(error.to_string()),
@@ -98,5 +107,7 @@ mod tests {
         assert!(!of_use("/lib/virtio-rng.ko", &[8]));
         assert!(of_use("/lib/virtio-rng.ko", &[4, 8]));
         assert!(of_use("/lib/sd_mod.ko", &[8]));
+        assert!(!of_use("/lib/fuse.ko", &[8]));
+        assert!(of_use("/lib/fuse.ko", &[26]));
     }
 }

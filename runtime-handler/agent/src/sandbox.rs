@@ -60,7 +60,7 @@ async fn set_up(agent: &Agent, request: &SetupRequest) -> Result<()> {
         nix::unistd::sethostname(&request.hostname)
             .context(|| format!("set hostname {:?}", request.hostname))?;
     }
-    agent.modules_loaded().await;
+    agent.drivers_loaded().await;
     if !request.pod_disk_serial.is_empty() {
         mount_pod_disk(&request.pod_disk_serial, request.pod_disk_inherited).await?;
     }
@@ -165,7 +165,7 @@ fn sysctl_file(name: &str) -> Result<PathBuf> {
 async fn put_files(agent: &Agent, request: PutFilesRequest) -> Result<()> {
     let mut disks = Vec::new();
     for (path, serial) in files::wanted_disks(&request)? {
-        agent.modules_loaded().await;
+        agent.drivers_loaded().await;
         disks.push((path, disk::by_serial(&serial).await?));
     }
     let mounted = agent.containers.mounted_files();

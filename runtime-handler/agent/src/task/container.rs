@@ -487,7 +487,7 @@ impl Draft {
         let options = decode_options(request)?;
         spec::check_filter(&options.seccomp_filter, options.seccomp_flags)?;
         let spec = spec::parse(&options.spec_json)?;
-        agent.modules_loaded().await;
+        agent.drivers_loaded().await;
         let devices = find_devices(&options.devices).await?;
         let place = Place {
             rootfs: &self.rootfs.target,
