@@ -27,6 +27,7 @@ mod migration;
 mod process;
 mod rootfs;
 mod runtime;
+pub mod tls;
 
 pub use choose::{check, features};
 pub use handler::{Containers, Folders};

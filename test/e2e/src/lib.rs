@@ -11,4 +11,5 @@ pub mod forward;
 pub mod host;
 pub mod logs;
 pub mod nodes;
+pub mod pki;
 pub mod wait;

@@ -11,6 +11,7 @@ use dyad_e2e::env::Env;
 use dyad_e2e::host::cgroup_parent;
 use dyad_e2e::logs::Logs;
 use dyad_e2e::nodes::Nodes;
+use dyad_e2e::pki;
 use dyad_e2e::wait::until;
 use serde_json::json;
 
@@ -149,7 +150,9 @@ fn entries(dir: &Path) -> usize {
 fn a_pod_of_containers_moves_and_only_one_runs() {
     let nodes = Nodes::up("mc").unwrap();
     let logs: Vec<_> = nodes.nodes.iter().map(Env::log_mark).collect();
-    let result = trial(&nodes).and_then(|()| a_made_target(&nodes));
+    let result = trial(&nodes)
+        .and_then(|()| a_made_target(&nodes))
+        .and_then(|()| over_tls(&nodes));
     let result = result.map_err(|error| {
         let tails: Vec<_> = nodes
             .nodes
@@ -338,4 +341,70 @@ fn a_made_target(nodes: &Nodes) -> Result<()> {
     contains(&said.success("exec in what arrived")?.text(), "hello")?;
     crictl.rmp_force(&source)?;
     two.crictl().rmp_force(&target)
+}
+
+/// Over the network, where only an authority's word counts.
+fn over_tls(nodes: &Nodes) -> Result<()> {
+    let [one, two] = &nodes.nodes;
+    let authorities = nodes.dir.join("pki");
+    for name in ["ours", "strangers"] {
+        pki::authority(&authorities, name)?;
+    }
+    let trusted_by = |number: u8, signer: &str| -> Result<()> {
+        let folder = nodes.nodes[usize::from(number) - 1]
+            .dir
+            .join("etc/migration");
+        fs::create_dir_all(&folder)?;
+        pki::certify(&authorities, signer, &nodes.address(number)?)?;
+        for (made, name) in [
+            (format!("{signer}.crt"), "ca.pem"),
+            ("node.crt".into(), "cert.pem"),
+            ("node.key".into(), "key.pem"),
+        ] {
+            fs::copy(authorities.join(made), folder.join(name))?;
+        }
+        Ok(())
+    };
+    for (node, more) in [
+        (one, String::new()),
+        (
+            two,
+            format!("migration_listen = \"tls://{}:0\"\n", nodes.address(2)?),
+        ),
+    ] {
+        let file = node.config_file("dyad");
+        let folder = node.dir.join("etc/migration");
+        let config = fs::read_to_string(&file)?.replace(
+            "[container]\n",
+            &format!("[container]\nmigration_tls = {folder:?}\n{more}"),
+        );
+        fs::write(&file, config)?;
+    }
+    trusted_by(1, "strangers")?;
+    trusted_by(2, "ours")?;
+
+    let source = Pod::run(one, "tls", None)?;
+    source.goes_on()?;
+    let identity = source.identity()?;
+    let target = Pod::run(two, "tls", Some(&identity))?;
+    target.socket(&identity)?;
+    let address = two
+        .dir
+        .join(format!("dyad/run/migration/{identity}.address"));
+    let to = fs::read_to_string(address)?.trim().to_owned();
+    let migrate = || one.dyadctl(&["migrate", &source.id, "--to", &to]);
+    let refused = migrate()?;
+    same("exit code", refused.code(), REFUSED)?;
+    contains(&refused.stderr, "certificate")?;
+    source.goes_on()?;
+    same("lines of a target that waits", target.log()?.as_str(), "")?;
+
+    trusted_by(1, "ours")?;
+    migrate()?.success("dyadctl migrate")?;
+    target.goes_on()?;
+    let all = [source.counts()?, target.counts()?].concat();
+    let wanted: Vec<u64> = (0..all.len() as u64).collect();
+    same("lines over both logs", all, wanted)?;
+    source.remove()?;
+    target.remove()
 }

@@ -132,7 +132,7 @@ impl Containers {
                 space >> 20
             )));
         }
-        let mut wire = connect(destination, &self.config).await?;
+        let mut wire = connect(destination, &self.config, &self.reaper).await?;
         wire.send(&Message::Hello {
             protocol: PROTOCOL,
             source: self.identity()?,
@@ -260,7 +260,7 @@ impl Containers {
     }
 
     async fn ask_outcome(&self, attempt: &Attempt<'_>) -> std::result::Result<Outcome, Failed> {
-        let mut wire = connect(&attempt.destination, &self.config).await?;
+        let mut wire = connect(&attempt.destination, &self.config, &self.reaper).await?;
         let ask = async {
             wire.send(&Message::Hello {
                 protocol: PROTOCOL,

@@ -56,7 +56,8 @@ impl Containers {
             Error::FailedPrecondition("this pod waits for no migration source".into())
         })?;
         let criu = self.criu().await?;
-        let listener = Listener::bind(&self.folders.sockets, source, &self.config).await?;
+        let listener =
+            Listener::bind(&self.folders.sockets, source, &self.config, &self.reaper).await?;
         let mut guest = loop {
             let wire = listener.accept().await;
             match self.let_in(wire, source, &criu).await {

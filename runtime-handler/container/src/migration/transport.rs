@@ -10,29 +10,31 @@
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use dyad_runtime_handler::config::ContainerConfig;
 use dyad_runtime_handler::error::{Context, Error, Result};
+use dyad_runtime_handler::reaper::Reaper;
 use nix::sys::socket::{setsockopt, sockopt};
+use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::time::{Instant, sleep, timeout};
-use tokio_rustls::rustls::crypto::ring::default_provider;
-use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use tokio_rustls::rustls::server::WebPkiClientVerifier;
-use tokio_rustls::rustls::version::TLS13;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::plan::Destination;
 use super::wire::Wire;
+use crate::tls;
 
-/// For a connection and for its handshake.
+/// For a connection.
 const CONNECT: Duration = Duration::from_secs(10);
+/// Longer than `dyad-tls` gives its handshake.
+const SECURED: Duration = Duration::from_secs(15);
+/// Bytes of a reason why there is no connection.
+const REASON_MAX: usize = 4096;
 /// How long a pod that waited for the same source, and is being deleted, may take to go.
 const LEAVING: Duration = Duration::from_secs(5);
 /// A peer whose host is gone is noticed after this.
@@ -58,6 +60,7 @@ impl From<Failed> for Error {
 pub(crate) async fn connect(
     destination: &Destination,
     config: &ContainerConfig,
+    reaper: &Arc<Reaper>,
 ) -> std::result::Result<Wire, Failed> {
     match destination {
         Destination::Unix(path) => {
@@ -70,17 +73,10 @@ pub(crate) async fn connect(
             Ok(Wire::new(stream))
         }
         Destination::Tls { host, port } => {
-            let connector = client(config).map_err(Failed::Other)?;
-            let name = ServerName::try_from(host.clone())
-                .context(|| format!("host {host:?}"))
-                .map_err(Failed::Other)?;
+            let tls = Tls::new(config, reaper).map_err(Failed::Other)?;
             let stream = dial_tcp(host, *port).await?;
-            let stream = timeout(CONNECT, connector.connect(name, stream))
-                .await
-                .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-                .context(|| format!("TLS with {host}:{port}"))
-                .map_err(Failed::Other)?;
-            Ok(Wire::new(stream))
+            let stream = tls.connect(host, stream).await;
+            Ok(Wire::new(stream.map_err(Failed::Other)?))
         }
     }
 }
@@ -141,85 +137,115 @@ fn notice_death(stream: &TcpStream) -> Result<()> {
     set().context(|| "set the connection's options".into())
 }
 
-/// Certificates, read anew for each use: they are renewed while a pod runs.
-struct Identity {
-    roots: Arc<RootCertStore>,
-    chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
+/// Secures connections, each by a process of its own ([`crate::tls`]), which reads the
+/// certificates anew: they are renewed while a pod runs.
+struct Tls {
+    program: PathBuf,
+    folder: PathBuf,
+    reaper: Arc<Reaper>,
 }
 
-impl Identity {
-    fn read(config: &ContainerConfig) -> Result<Self> {
-        let dir = config.migration_tls.as_deref().ok_or_else(|| {
+impl Tls {
+    fn new(config: &ContainerConfig, reaper: &Arc<Reaper>) -> Result<Self> {
+        let folder = config.migration_tls.clone().ok_or_else(|| {
             Error::FailedPrecondition(
                 "this node has no certificates: set container.migration_tls to a folder with ca.pem, cert.pem and key.pem".into(),
             )
         })?;
-        let (ca, cert, key) = (
-            dir.join("ca.pem"),
-            dir.join("cert.pem"),
-            dir.join("key.pem"),
-        );
-        let mut roots = RootCertStore::empty();
-        for root in certificates(&ca)? {
-            roots
-                .add(root)
-                .context(|| format!("use {}", ca.display()))?;
+        let own = std::env::current_exe().context(|| "find this program".into())?;
+        let program = own.with_file_name(tls::PROGRAM);
+        if !program.exists() {
+            return Err(Error::FailedPrecondition(format!(
+                "{} is missing: install it beside {}",
+                program.display(),
+                own.display()
+            )));
         }
         Ok(Self {
-            roots: Arc::new(roots),
-            chain: certificates(&cert)?,
-            key: PrivateKeyDer::from_pem_file(&key)
-                .context(|| format!("read {}", key.display()))?,
+            program,
+            folder,
+            reaper: Arc::clone(reaper),
         })
     }
-}
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
-    let context = || format!("read {}", path.display());
-    let all = CertificateDer::pem_file_iter(path)
-        .context(context)?
-        .collect::<std::result::Result<Vec<_>, _>>()
-        .context(context)?;
-    if all.is_empty() {
-        return Err(Error::FailedPrecondition(format!(
-            "{} holds no certificate",
-            path.display()
-        )));
+    async fn connect(&self, host: &str, peer: TcpStream) -> Result<UnixStream> {
+        self.run("client", Some(host), Some(peer)).await
     }
-    Ok(all)
-}
 
-fn client(config: &ContainerConfig) -> Result<TlsConnector> {
-    let identity = Identity::read(config)?;
-    let config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
-        .with_protocol_versions(&[&TLS13])
-        .context(|| "use TLS 1.3".into())?
-        .with_root_certificates(identity.roots)
-        .with_client_auth_cert(identity.chain, identity.key)
-        .context(|| "use the certificate of container.migration_tls".into())?;
-    Ok(TlsConnector::from(Arc::new(config)))
-}
+    async fn accept(&self, peer: TcpStream) -> Result<UnixStream> {
+        self.run("server", None, Some(peer)).await
+    }
 
-fn server(config: &ContainerConfig) -> Result<TlsAcceptor> {
-    let identity = Identity::read(config)?;
-    let provider = Arc::new(default_provider());
-    let verifier = WebPkiClientVerifier::builder_with_provider(identity.roots, provider.clone())
-        .build()
-        .context(|| "use ca.pem of container.migration_tls".into())?;
-    let config = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&TLS13])
-        .context(|| "use TLS 1.3".into())?
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(identity.chain, identity.key)
-        .context(|| "use the certificate of container.migration_tls".into())?;
-    Ok(TlsAcceptor::from(Arc::new(config)))
+    /// Whether the certificates can be used.
+    async fn check(&self) -> Result<()> {
+        self.run("check", None, None).await.map(drop)
+    }
+
+    async fn run(
+        &self,
+        role: &str,
+        host: Option<&str>,
+        peer: Option<TcpStream>,
+    ) -> Result<UnixStream> {
+        let what = || format!("run {}", self.program.display());
+        let whom = match &peer {
+            Some(peer) => format!("{}: ", peer.peer_addr().context(what)?),
+            None => String::new(),
+        };
+        let (own, its) = UnixStream::pair().context(what)?;
+        let its = its.into_std().context(what)?;
+        let peer = match peer {
+            Some(peer) => Stdio::from(OwnedFd::from(peer.into_std().context(what)?)),
+            None => Stdio::null(),
+        };
+        let mut command = Command::new(&self.program);
+        command
+            .arg(role)
+            .arg(&self.folder)
+            .args(host)
+            .env_clear()
+            .stdin(OwnedFd::from(its))
+            .stdout(peer)
+            .stderr(Stdio::null());
+        // It ends with the connection, of which the shim hears by the socket.
+        self.reaper.spawn(&mut command).context(what)?;
+        // It holds our copies of the ends that are its own.
+        drop(command);
+        self.first_line(own, &whom).await
+    }
+
+    /// The connection behind its first line, which is empty where there is one.
+    async fn first_line(&self, mut stream: UnixStream, whom: &str) -> Result<UnixStream> {
+        let mut line = Vec::new();
+        let read = async {
+            while line.len() < REASON_MAX {
+                // What follows is the peer's.
+                match stream.read_u8().await? {
+                    b'\n' => break,
+                    byte => line.push(byte),
+                }
+            }
+            io::Result::Ok(())
+        };
+        timeout(SECURED, read)
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            .context(|| format!("{whom}{} told nothing", self.program.display()))?;
+        if line.is_empty() {
+            return Ok(stream);
+        }
+        Err(Error::FailedPrecondition(format!(
+            "{whom}{} (container.migration_tls is {})",
+            String::from_utf8_lossy(&line),
+            self.folder.display()
+        )))
+    }
 }
 
 /// Waits for a source.
 pub(crate) struct Listener {
     unix: UnixListener,
-    net: Option<(TcpListener, Option<TlsAcceptor>)>,
+    net: Option<(TcpListener, Option<Tls>)>,
     /// Gone with it.
     _files: Files,
 }
@@ -261,7 +287,12 @@ impl Listener {
     ///
     /// # Errors
     /// Another pod waits for the same source; the configured address cannot be used.
-    pub(crate) async fn bind(dir: &Path, source: &str, config: &ContainerConfig) -> Result<Self> {
+    pub(crate) async fn bind(
+        dir: &Path,
+        source: &str,
+        config: &ContainerConfig,
+        reaper: &Arc<Reaper>,
+    ) -> Result<Self> {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -288,7 +319,7 @@ impl Listener {
         let net = match &config.migration_listen {
             None => None,
             Some(uri) => {
-                let (listener, tls, address) = listen(uri, config).await?;
+                let (listener, tls, address) = listen(uri, config, reaper).await?;
                 let file = path.with_extension("address");
                 fs::write(&file, format!("{address}\n"))
                     .context(|| format!("write {}", file.display()))?;
@@ -331,16 +362,12 @@ impl Listener {
                 Ok(Wire::new(stream))
             }
             (accepted, tls) = from_net => {
-                let (stream, address) = accepted.context(accept)?;
+                let (stream, _) = accepted.context(accept)?;
                 notice_death(&stream)?;
                 let Some(tls) = tls else {
                     return Ok(Wire::new(stream));
                 };
-                let stream = timeout(CONNECT, tls.accept(stream))
-                    .await
-                    .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-                    .context(|| format!("TLS with {address}"))?;
-                Ok(Wire::new(stream))
+                Ok(Wire::new(tls.accept(stream).await?))
             }
         }
     }
@@ -349,7 +376,8 @@ impl Listener {
 async fn listen(
     uri: &str,
     config: &ContainerConfig,
-) -> Result<(TcpListener, Option<TlsAcceptor>, String)> {
+    reaper: &Arc<Reaper>,
+) -> Result<(TcpListener, Option<Tls>, String)> {
     let invalid = |what: &str| {
         Error::InvalidArgument(format!(
             "container.migration_listen {uri:?}: {what}; it wants tls://ADDRESS:PORT"
@@ -362,7 +390,11 @@ async fn listen(
         .parse()
         .map_err(|_| invalid("that is no address with a port"))?;
     let tls = match scheme {
-        "tls" => Some(server(config)?),
+        "tls" => {
+            let tls = Tls::new(config, reaper)?;
+            tls.check().await?;
+            Some(tls)
+        }
         "tcp" if config.migration_clear => None,
         "tcp" => {
             return Err(invalid(
@@ -382,57 +414,24 @@ async fn listen(
 
 #[cfg(test)]
 mod tests {
-    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-    use tempfile::TempDir;
-
     use super::super::wire::Message;
     use super::*;
 
     const SOURCE: &str = "11111111-2222-3333-4444-555555555555";
 
-    /// A folder as `migration_tls` wants it, signed by an authority of its own.
-    fn pki(authorities: usize) -> Vec<(TempDir, ContainerConfig)> {
-        (0..authorities)
-            .map(|_| {
-                let mut ca = CertificateParams::new(Vec::new()).unwrap();
-                ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-                let issuer =
-                    CertifiedIssuer::self_signed(ca, KeyPair::generate().unwrap()).unwrap();
-                let key = KeyPair::generate().unwrap();
-                let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
-                let cert = CertificateParams::new(names).unwrap();
-                let cert = cert.signed_by(&key, &issuer).unwrap();
-                let dir = tempfile::tempdir().unwrap();
-                fs::write(dir.path().join("ca.pem"), issuer.pem()).unwrap();
-                fs::write(dir.path().join("cert.pem"), cert.pem()).unwrap();
-                fs::write(dir.path().join("key.pem"), key.serialize_pem()).unwrap();
-                let config = ContainerConfig {
-                    migration_listen: Some("tls://127.0.0.1:0".into()),
-                    migration_tls: Some(dir.path().into()),
-                    ..ContainerConfig::default()
-                };
-                (dir, config)
-            })
-            .collect()
-    }
-
-    fn address(dir: &Path) -> u16 {
-        let text = fs::read_to_string(dir.join(format!("{SOURCE}.address"))).unwrap();
-        let address = text.trim().rsplit_once(':').unwrap();
-        address.1.parse().unwrap()
-    }
-
     #[tokio::test]
     async fn peers_meet_on_a_socket_that_is_roots_alone() {
         let dir = tempfile::tempdir().unwrap();
-        let config = ContainerConfig::default();
-        let listener = Listener::bind(dir.path(), SOURCE, &config).await.unwrap();
+        let (config, reaper) = (ContainerConfig::default(), Reaper::start().unwrap());
+        let listener = Listener::bind(dir.path(), SOURCE, &config, &reaper)
+            .await
+            .unwrap();
         let path = dir.path().join(format!("{SOURCE}.sock"));
         assert_eq!(
             fs::metadata(&path).unwrap().permissions().mode() & 0o777,
             0o600
         );
-        let again = Listener::bind(dir.path(), SOURCE, &config)
+        let again = Listener::bind(dir.path(), SOURCE, &config, &reaper)
             .await
             .err()
             .unwrap();
@@ -442,70 +441,20 @@ mod tests {
         assert!(timeout(Duration::from_millis(100), looks).await.is_err());
         let destination = Destination::Unix(path.clone());
         let (mut here, mut there) = tokio::join!(
-            async { connect(&destination, &config).await.unwrap() },
+            async { connect(&destination, &config, &reaper).await.unwrap() },
             listener.accept()
         );
         here.send(&Message::Accept).await.unwrap();
         assert_eq!(there.receive().await.unwrap(), Message::Accept);
         drop(listener);
         assert!(!path.exists());
-        let nobody = connect(&destination, &config).await.err().unwrap();
+        let nobody = connect(&destination, &config, &reaper).await.err().unwrap();
         assert!(matches!(nobody, Failed::Nobody(_)));
         fs::write(&path, "").unwrap();
         drop(
-            Listener::bind(dir.path(), SOURCE, &config)
+            Listener::bind(dir.path(), SOURCE, &config, &reaper)
                 .await
                 .expect("a stale file is replaced"),
-        );
-    }
-
-    #[tokio::test]
-    async fn tls_wants_certificates_of_one_authority_on_both_sides() {
-        let dir = tempfile::tempdir().unwrap();
-        let pki = pki(2);
-        let (ours, stranger) = (&pki[0].1, &pki[1].1);
-        let listener = Listener::bind(dir.path(), SOURCE, ours).await.unwrap();
-        let port = address(dir.path());
-        let tls = |host: &str| Destination::Tls {
-            host: host.into(),
-            port,
-        };
-        let serve = async {
-            let mut wire = listener.accept().await;
-            assert_eq!(wire.receive().await.unwrap(), Message::Accept);
-            wire.send(&Message::End).await.unwrap();
-        };
-        let dial = async {
-            // Turned away: another authority's, no TLS at all, another name.
-            assert!(connect(&tls("localhost"), stranger).await.is_err());
-            let mut clear = connect(
-                &Destination::Tcp {
-                    host: "127.0.0.1".into(),
-                    port,
-                },
-                ours,
-            )
-            .await
-            .unwrap();
-            assert!(clear.send(&Message::Accept).await.is_err() || clear.receive().await.is_err());
-            assert!(connect(&tls("127.0.0.2"), ours).await.is_err());
-            let mut wire = connect(&tls("127.0.0.1"), ours)
-                .await
-                .map_err(Error::from)
-                .unwrap();
-            wire.send(&Message::Accept).await.unwrap();
-            assert_eq!(wire.receive().await.unwrap(), Message::End);
-        };
-        tokio::join!(serve, dial);
-        let none = ContainerConfig::default();
-        let error: Error = connect(&tls("127.0.0.1"), &none)
-            .await
-            .err()
-            .unwrap()
-            .into();
-        assert!(
-            error.to_string().contains("container.migration_tls"),
-            "{error}"
         );
     }
 
@@ -513,7 +462,10 @@ mod tests {
     async fn nothing_listens_on_the_network_unless_configured() {
         let dir = tempfile::tempdir().unwrap();
         let mut config = ContainerConfig::default();
-        let listener = Listener::bind(dir.path(), SOURCE, &config).await.unwrap();
+        let reaper = Reaper::start().unwrap();
+        let listener = Listener::bind(dir.path(), SOURCE, &config, &reaper)
+            .await
+            .unwrap();
         assert!(listener.net.is_none());
         drop(listener);
         for (uri, says) in [
@@ -524,7 +476,7 @@ mod tests {
             ("udp://127.0.0.1:0", "scheme is unknown"),
         ] {
             config.migration_listen = Some(uri.into());
-            let error = Listener::bind(dir.path(), SOURCE, &config)
+            let error = Listener::bind(dir.path(), SOURCE, &config, &reaper)
                 .await
                 .err()
                 .unwrap();
@@ -532,7 +484,9 @@ mod tests {
         }
         config.migration_clear = true;
         config.migration_listen = Some("tcp://127.0.0.1:0".into());
-        let listener = Listener::bind(dir.path(), SOURCE, &config).await.unwrap();
+        let listener = Listener::bind(dir.path(), SOURCE, &config, &reaper)
+            .await
+            .unwrap();
         assert!(listener.net.is_some());
     }
 }

@@ -3,12 +3,10 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use dyad_e2e::command;
 use dyad_e2e::nodes::Nodes;
+use dyad_e2e::pki;
 
 use crate::pod::{Pod, seamless};
 
@@ -20,7 +18,7 @@ pub fn streams_are_encrypted_and_parallel(nodes: &Nodes) -> Result<()> {
     let [n1, n2] = &nodes.nodes;
     let authorities = nodes.dir.join("pki");
     for name in ["one", "other"] {
-        authority(&authorities, name)?;
+        pki::authority(&authorities, name)?;
     }
     for (node, signer, address) in [
         (n1, "one", nodes.address(1)?),
@@ -81,74 +79,10 @@ pub fn streams_are_encrypted_and_parallel(nodes: &Nodes) -> Result<()> {
     seamless(&[&source, &target, &back])
 }
 
-fn authority(folder: &Path, name: &str) -> Result<()> {
-    fs::create_dir_all(folder)?;
-    let subject = format!("/CN=dyad-{name}");
-    openssl(
-        folder,
-        &[
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            &subject,
-            "-addext",
-            "keyUsage=critical,digitalSignature,keyCertSign,cRLSign",
-            "-keyout",
-            &format!("{name}.key"),
-            "-out",
-            &format!("{name}.crt"),
-        ],
-    )
-}
-
-/// A node's certificate, as QEMU wants its files to be called, both as server and as client.
+/// A node's certificate, as QEMU wants its files to be called.
 fn certify(authorities: &Path, signer: &str, folder: &Path, address: &str) -> Result<()> {
+    pki::certify(authorities, signer, address)?;
     fs::create_dir_all(folder)?;
-    let extensions = format!(
-        "subjectAltName=IP:{address}\nextendedKeyUsage=serverAuth,clientAuth\n\
-         keyUsage=critical,digitalSignature,keyEncipherment\n"
-    );
-    fs::write(authorities.join("extensions"), extensions)?;
-    openssl(
-        authorities,
-        &[
-            "req",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-subj",
-            &format!("/CN={address}"),
-            "-keyout",
-            "node.key",
-            "-out",
-            "node.csr",
-        ],
-    )?;
-    openssl(
-        authorities,
-        &[
-            "x509",
-            "-req",
-            "-days",
-            "2",
-            "-in",
-            "node.csr",
-            "-CA",
-            &format!("{signer}.crt"),
-            "-CAkey",
-            &format!("{signer}.key"),
-            "-CAcreateserial",
-            "-extfile",
-            "extensions",
-            "-out",
-            "node.crt",
-        ],
-    )?;
     fs::copy(
         authorities.join(format!("{signer}.crt")),
         folder.join("ca-cert.pem"),
@@ -164,12 +98,5 @@ fn certify(authorities: &Path, signer: &str, folder: &Path, address: &str) -> Re
         let all = std::os::unix::fs::PermissionsExt::from_mode(0o644);
         fs::set_permissions(key, all)?;
     }
-    Ok(())
-}
-
-fn openssl(folder: &Path, arguments: &[&str]) -> Result<()> {
-    let mut openssl = Command::new("openssl");
-    openssl.current_dir(folder).args(arguments);
-    command::run(&mut openssl, b"", Duration::from_secs(60))?.success("openssl")?;
     Ok(())
 }
