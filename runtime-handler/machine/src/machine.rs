@@ -54,6 +54,7 @@ use crate::record::{Folder, Record, machine_uuid};
 use crate::resize::{Ledger, Reached};
 use crate::spec::SandboxSpec;
 use crate::storage::apply::{self as storage, QemuUser};
+use crate::storage::cache;
 use crate::volumes::plan::{Copy, volumes_on_disk};
 use crate::{Paths, accelerator, cgroup, host, size};
 use arriving::Arriving;
@@ -272,6 +273,7 @@ impl Machine {
         storage::check_on_disk(&folder.dir)?;
         folder.save(&record)?;
         folder.kept.sweep();
+        cache::sweep(&folder.images);
         let pod_key = kept::key(&record.containerd_namespace, &spec.pod.uid);
         // A target's is filled by its source.
         let inherited = match pod_key {
@@ -576,5 +578,6 @@ pub async fn remove(libvirt: &Libvirt, folder: &Folder, record: &Record) -> Resu
         warn!("{}", error.chain());
     }
     folder.kept.sweep();
+    cache::sweep(&folder.images);
     folder.remove()
 }

@@ -113,6 +113,8 @@ pub struct Folder {
     pub run_dir: PathBuf,
     /// Where its disk goes when the pod outlives it.
     pub kept: Kept,
+    /// Converted images that it shares with other machines.
+    pub images: PathBuf,
 }
 
 impl Folder {
@@ -122,6 +124,7 @@ impl Folder {
             dir: cache_dir.join("machines").join(uuid.to_string()),
             run_dir: state_dir.join("machines").join(uuid.to_string()),
             kept: Kept::new(cache_dir),
+            images: cache_dir.join("images"),
         }
     }
 

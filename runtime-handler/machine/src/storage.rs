@@ -2,4 +2,5 @@
 //! ext4 disk per pod for all that is written.
 
 pub mod apply;
+pub mod cache;
 pub mod plan;

@@ -42,10 +42,7 @@ impl Machine {
 
     /// Where converted images are kept, and where those of one pod only.
     pub fn image_dirs(&self) -> (PathBuf, PathBuf) {
-        (
-            self.paths.cache_dir.join("images"),
-            self.folder.dir.join("images"),
-        )
+        (self.folder.images.clone(), self.folder.dir.join("images"))
     }
 
     /// The user that must be able to read images.

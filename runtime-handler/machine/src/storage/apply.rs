@@ -16,6 +16,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::{Whence, lseek};
 
+use super::cache;
 use super::plan::{LayerIdentity, RootPlan, image_key};
 
 /// Every image's file system has this UUID; nothing looks images up by it.
@@ -113,7 +114,7 @@ fn image_blocking(
         .collect::<Result<Vec<_>>>()?;
     let key = image_key(&identities);
     let dir = if private { private_dir } else { cache_dir };
-    let file = dir.join(format!("{key}.erofs"));
+    let file = dir.join(format!("{key}.{}", cache::IMAGE));
     let image = Image { key, file, private };
     if !private && image.file.exists() {
         return Ok(image);
@@ -132,6 +133,9 @@ fn image_blocking(
         .map_err(|(_, errno)| errno)
         .context(|| format!("lock {}", lock_path.display()))?;
     if !image.file.exists() {
+        if !private {
+            cache::note(&image.file, &layers)?;
+        }
         let partial = dir.join(format!("{}.partial", image.key));
         let made = convert(&layers, dir, &partial, owner).and_then(|()| {
             std::fs::rename(&partial, &image.file)
