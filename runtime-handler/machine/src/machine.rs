@@ -143,8 +143,10 @@ pub struct Machine {
     give_up: AtomicBool,
     /// So, and it has been told to run over there.
     post_copy: AtomicBool,
+    /// The link to the guest is given up, for the other side.
+    let_go: AtomicBool,
     /// The other side has been told how far each stream is.
-    handed_over: AtomicBool,
+    handed_over: tokio::sync::Mutex<bool>,
     /// It runs elsewhere.
     moved: AtomicBool,
     /// The guest's last event that was told.
@@ -368,7 +370,8 @@ impl Machine {
             leaving: AtomicBool::new(false),
             give_up: AtomicBool::new(false),
             post_copy: AtomicBool::new(false),
-            handed_over: AtomicBool::new(false),
+            let_go: AtomicBool::new(false),
+            handed_over: tokio::sync::Mutex::default(),
             moved: AtomicBool::new(false),
             events_after: AtomicU64::new(0),
             deleted: AtomicBool::new(false),

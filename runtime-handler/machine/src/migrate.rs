@@ -7,7 +7,7 @@
 //!        |                                                                        |
 //!        |                        |<== peer to peer: disks, memory ===| <--- migrate
 //!   wire tap, cgroup <- STARTED --|                                   |           |
-//!   read the record <-- RESUMED --|                    STOPPED(migrated) -> let go of the
+//!   read the record <-- RESUMED --|                          QEMU has ended -> let go of the
 //!        |                        |<--------- hand-over: where each stream stands -- link
 //!   connect to the agent, go on from there                                        v
 //!                                                                              Moved

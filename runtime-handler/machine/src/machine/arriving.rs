@@ -342,24 +342,8 @@ impl Machine {
             interface.mac.clone_from(mac);
         }
         let mut processes = vec![(ProcessId::init(self.sandbox_id()), pid)];
-        let handover = self.handover();
-        let reached = async {
-            agent.ready(AGENT_WITHIN).await?;
-            let own = SetupRequest {
-                // The rest of the guest is as the source's pod made it.
-                hostname: String::new(),
-                ..self.setup_request()
-            };
-            agent.setup(own).await
-        };
-        let (handover, reached) = tokio::join!(handover, reached);
-        if let Err(error) = reached {
-            warn!(
-                "machine {}: its new address: {}",
-                self.record.uuid,
-                error.chain()
-            );
-        }
+        let (handover, ready) = tokio::join!(self.handover(), agent.ready(AGENT_WITHIN));
+        debug!("machine {}: hand-over and guest are here", self.record.uuid);
         let mut known = Vec::new();
         for (name, container) in self.named_containers() {
             let Some(came) = record.containers.get(&name) else {
@@ -373,6 +357,19 @@ impl Machine {
         }
         if let Err(error) = agent.adopt_unattended(&known).await {
             warn!("execs of {}: {}", self.record.uuid, error.chain());
+        }
+        // After the output, which need not wait for it.
+        let own = SetupRequest {
+            // The rest of the guest is as the source's pod made it.
+            hostname: String::new(),
+            ..self.setup_request()
+        };
+        if let Err(error) = ready.and(agent.setup(own).await) {
+            warn!(
+                "machine {}: its new address: {}",
+                self.record.uuid,
+                error.chain()
+            );
         }
         self.events_after
             .store(record.events_after, Ordering::Relaxed);
@@ -412,7 +409,7 @@ impl Machine {
         }
     }
 
-    fn named_containers(&self) -> Vec<(String, Arc<Container>)> {
+    pub(super) fn named_containers(&self) -> Vec<(String, Arc<Container>)> {
         lock(&self.containers)
             .iter()
             .filter_map(|(name, container)| Some((name.clone(), Weak::upgrade(container)?)))

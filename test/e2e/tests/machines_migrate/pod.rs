@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use dyad_e2e::command::Done;
 use dyad_e2e::env::Env;
 use dyad_e2e::host::{cgroup_parent, remove_cgroup};
-use dyad_e2e::logs::Logs;
+use dyad_e2e::logs::{self, Logs};
 use dyad_e2e::wait::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid as Process;
@@ -219,6 +219,14 @@ impl<'a> Pod<'a> {
         numbers
             .map(|number| number.parse().context("a number"))
             .collect()
+    }
+
+    /// For how long nothing was heard of it, from its last word here to its first over there.
+    pub fn silence_before(&self, target: &Self) -> Result<Duration> {
+        let times = |pod: &Self| logs::times(&fs::read(&pod.log).unwrap_or_default());
+        let (last, first) = (times(self).pop(), times(target).into_iter().next());
+        let seconds = first.context("no first word")? - last.context("no last word")?;
+        Ok(Duration::from_secs_f64(seconds.max(0.0)))
     }
 
     pub fn counts_beyond(&self, least: u64) -> Result<u64> {

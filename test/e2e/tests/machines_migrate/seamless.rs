@@ -41,6 +41,8 @@ pub fn an_idle_machine_moves_without_a_seam(nodes: &Nodes) -> Result<()> {
     source.migrate(n2, &[])?.moved()?;
     target.goes_on()?;
     seamless(&[&source, &target])?;
+    // One word each 100 ms, and the switch.
+    eprintln!("  silent for {:?}", source.silence_before(&target)?);
     // The connection from before, to the address from before. Both counters began at about
     // the same time, so that what comes from here on was sent from there.
     let count = target.numbers()?.last().copied().unwrap_or_default();
