@@ -38,13 +38,23 @@ pub mod annotation {
     pub const DISK: &str = "dyad.dev/disk";
     /// Memory of the machine, a Kubernetes quantity (`512Mi`).
     pub const MEMORY: &str = "dyad.dev/memory";
+    /// Of a migration target: its init containers, by name, comma-separated. Their work is in
+    /// what comes from the source: they end with 0 without running.
+    pub const MIGRATION_INIT_CONTAINERS: &str = "dyad.dev/migration-init-containers";
     /// A migration target: the pod waits for the machine of this uuid instead of booting
     /// its own (container kind: for the pod of this identity, derived in the same way).
     pub const MIGRATION_SOURCE: &str = "dyad.dev/migration-source";
     /// vCPUs of the machine, a whole number.
     pub const VCPUS: &str = "dyad.dev/vcpus";
     /// All of them.
-    pub const ALL: [&str; 5] = [BOOT, DISK, MEMORY, MIGRATION_SOURCE, VCPUS];
+    pub const ALL: [&str; 6] = [
+        BOOT,
+        DISK,
+        MEMORY,
+        MIGRATION_INIT_CONTAINERS,
+        MIGRATION_SOURCE,
+        VCPUS,
+    ];
 }
 
 /// Section `[container]`.

@@ -176,6 +176,7 @@ impl Machine {
     ) -> Result<Sent> {
         let uuid = self.record.uuid;
         progress.send_modify(|progress| progress.stage = Stage::Preparing);
+        self.unplug_idle().await?;
         let ready = self.get_ready(parameters).await?;
         let job = self.job(parameters, &ready, pod).await?;
         let mut record = self.record.clone();
@@ -269,13 +270,12 @@ impl Machine {
             events_after: self.events_after.load(Ordering::Relaxed),
             pod,
         };
-        // An image whose last container is gone stays plugged in: it goes along under any
-        // file with its content, which is what it was made from.
+        // Of a container that has ended, and is not deleted yet.
         for serial in record.images.keys() {
             if !images.contains_key(serial) {
                 return Err(Error::FailedPrecondition(format!(
-                    "cannot migrate: the image of a container that is gone (serial {serial}) is still \
-                     plugged in, and the target has no file for it; restart the pod's machine first"
+                    "cannot migrate: the image of a container that has ended (serial {serial}) is still \
+                     plugged in, and the target has no file for it; delete that container first"
                 )));
             }
         }

@@ -33,6 +33,7 @@ const STEPS: &[Step] = &steps![
     seamless::an_idle_machine_moves_without_a_seam,
     seamless::what_a_pod_has_goes_along,
     seamless::memory_that_changes_arrives_whole,
+    seamless::init_containers_have_done_their_work,
     refusals::what_forbids_it_is_told_before_anything_moves,
     refusals::a_target_that_does_not_fit_is_refused,
     limits::a_time_limit_gives_up_or_brings_it_to_an_end,

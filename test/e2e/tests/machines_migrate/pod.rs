@@ -52,6 +52,8 @@ pub struct Plan {
     cpus: Option<u64>,
     /// A ConfigMap's only key.
     config_map: Option<String>,
+    /// Init containers: name, image, script.
+    init: Vec<[String; 3]>,
 }
 
 impl Plan {
@@ -66,6 +68,7 @@ impl Plan {
             memory: None,
             cpus: None,
             config_map: None,
+            init: Vec::new(),
         }
     }
 
@@ -100,6 +103,12 @@ impl Plan {
         self
     }
 
+    /// One more container that ends before the next is made.
+    pub fn init(mut self, name: &str, image: &str, script: &str) -> Self {
+        self.init.push([name, image, script].map(str::to_owned));
+        self
+    }
+
     pub fn config_map(mut self, value: &str) -> Self {
         self.config_map = Some(value.into());
         self
@@ -125,6 +134,10 @@ impl<'a> Pod<'a> {
         let mut annotations = json!({"dyad.dev/disk": plan.disk});
         if let Some(source) = &plan.source {
             annotations["dyad.dev/migration-source"] = source.as_str().into();
+            if !plan.init.is_empty() {
+                let names: Vec<&str> = plan.init.iter().map(|[name, ..]| name.as_str()).collect();
+                annotations["dyad.dev/migration-init-containers"] = names.join(",").into();
+            }
         }
         let mut config = json!({
             "metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}")},
@@ -170,9 +183,38 @@ impl<'a> Pod<'a> {
             log: dir.join("app.log"),
             config,
         };
+        for [name, image, script] in &plan.init {
+            pod.run_to_end(name, image, script)?;
+        }
         pod.container = crictl.create(&pod.id, &container, &pod.config)?;
         crictl.start(&pod.container)?;
         Ok(pod)
+    }
+
+    /// Runs one more container until it ends with 0.
+    pub fn run_to_end(&self, name: &str, image: &str, script: &str) -> Result<()> {
+        let container = json!({
+            "metadata": {"name": name},
+            "image": {"image": image},
+            "command": ["/bin/sh", "-c", script],
+            "log_path": format!("{name}.log"),
+            "linux": {},
+        });
+        let crictl = self.env.crictl();
+        let id = crictl.create(&self.id, &container, &self.config)?;
+        crictl.start(&id)?;
+        let code = until(SOON, &format!("container {name} to end"), || {
+            let status = crictl.status(&id)?;
+            Ok((status.state == "CONTAINER_EXITED").then_some(status.exit_code))
+        })?;
+        ensure!(code == 0, "container {name} ended with {code}");
+        Ok(())
+    }
+
+    /// What that container wrote to stdout.
+    pub fn out_of(&self, name: &str) -> String {
+        let log = self.log.with_file_name(format!("{name}.log"));
+        Logs::parse(&fs::read(log).unwrap_or_default()).out()
     }
 
     /// One that counts.

@@ -136,6 +136,39 @@ pub fn what_a_pod_has_goes_along(nodes: &Nodes) -> Result<()> {
     Ok(())
 }
 
+/// As kubelet makes it: each after the one before has ended.
+pub fn init_containers_have_done_their_work(nodes: &Nodes) -> Result<()> {
+    let [n1, n2] = &nodes.nodes;
+    let (own, other) = ("dyad.test/busybox:1", "dyad.test/multi:1");
+    let plan = Plan::of(COUNT)
+        .init("load", other, "echo loaded")
+        .init("look", own, "echo looked");
+    let source = Pod::run(n1, &plan)?;
+    source.counts_beyond(3)?;
+    ensure!(
+        source.out_of("load") == "loaded\n",
+        "{}",
+        source.out_of("load")
+    );
+    let target = Pod::run(n2, &plan.from(&source.machine()?))?;
+    ensure!(target.state()?.contains("incoming"), "{}", target.state()?);
+    source.migrate(n2, &[])?.moved()?;
+    target.goes_on()?;
+    seamless(&[&source, &target])?;
+    for name in ["load", "look"] {
+        let out = target.out_of(name);
+        ensure!(out.is_empty(), "{name} has run on the target, too: {out}");
+    }
+    // What was unplugged there can be plugged in here.
+    target.run_to_end("late", other, "echo late")?;
+    ensure!(
+        target.out_of("late") == "late\n",
+        "{}",
+        target.out_of("late")
+    );
+    Ok(())
+}
+
 fn cpu_ns(pod: &Pod<'_>) -> Result<u64> {
     let stats = pod.env.crictl().stats(&pod.container)?;
     let used = stats["cpu"]["usageCoreNanoSeconds"]["value"].as_str();
