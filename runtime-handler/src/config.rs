@@ -132,6 +132,9 @@ pub struct MachineConfig {
     pub disk_gib: u64,
     /// How long a machine may take from power-on to its agent's first answer.
     pub boot_timeout_s: u64,
+    /// How long a machine that migrated keeps its source pod's addresses beside its own; 0:
+    /// as long as it runs.
+    pub source_address_s: u64,
 }
 
 impl Default for MachineConfig {
@@ -149,6 +152,7 @@ impl Default for MachineConfig {
             max_memory_mib: 0,
             disk_gib: 10,
             boot_timeout_s: 60,
+            source_address_s: 300,
         }
     }
 }

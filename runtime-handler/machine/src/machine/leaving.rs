@@ -23,6 +23,7 @@ use crate::migrate::offer::{
 use crate::migrate::xml::{self, Places};
 use crate::migrate::{Streams, emulation_blocker, streams, version_key};
 use crate::network::apply as network;
+use crate::network::plan::Held;
 use crate::storage::apply as storage;
 
 /// libvirt tells figures only when asked.
@@ -266,6 +267,7 @@ impl Machine {
                 .collect(),
             sizing: self.sizing().await,
             macs: ready.found.macs.clone(),
+            network: Held::of(&lock(&self.network), &lock(&self.former)),
             kernel_release: lock(&self.kernel_release).clone(),
             events_after: self.events_after.load(Ordering::Relaxed),
             pod,

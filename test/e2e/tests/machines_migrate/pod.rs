@@ -279,8 +279,11 @@ impl<'a> Pod<'a> {
         )
     }
 
-    /// It still counts.
+    /// It still counts, and is told as running.
     pub fn goes_on(&self) -> Result<()> {
+        until(SOON, &format!("{} to run", self.id), || {
+            Ok(self.is_running().then_some(()))
+        })?;
         let now = self.numbers()?.last().copied().unwrap_or_default();
         self.counts_beyond(now + 3).map(drop)
     }

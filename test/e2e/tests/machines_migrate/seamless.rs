@@ -47,14 +47,14 @@ pub fn an_idle_machine_moves_without_a_seam(nodes: &Nodes) -> Result<()> {
     // the same time, so that what comes from here on was sent from there.
     let count = target.numbers()?.last().copied().unwrap_or_default();
     read(&mut lines, &mut next, count + 20)?;
+    // One connection at a time is served; the next is to the target pod's own address.
+    drop(lines);
+    connected(&target.ip()?)?;
     let exec = n2
         .crictl()
         .exec(&target.container, &["sh", "-c", "ip -4 addr; exit 7"])?;
     ensure!(exec.stderr.contains("exit code 7"), "{}", exec.stderr);
     ensure!(exec.text().contains(&target.ip()?), "{}", exec.text());
-    // One connection at a time is served; now at the target pod's own address.
-    drop(lines);
-    connected(&target.ip()?)?;
     ensure!(target.machine()? == machine, "the machine has another name");
     let code = source.ended()?;
     ensure!(code == 0, "exit code {code}");
