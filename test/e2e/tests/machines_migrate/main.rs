@@ -9,6 +9,7 @@
 mod addresses;
 mod leftovers;
 mod limits;
+mod made;
 mod matrix;
 mod pod;
 mod refusals;
@@ -35,6 +36,7 @@ const STEPS: &[Step] = &steps![
     seamless::what_a_pod_has_goes_along,
     seamless::memory_that_changes_arrives_whole,
     seamless::init_containers_have_done_their_work,
+    made::dyadctl_makes_the_target,
     addresses::the_source_s_address_goes_after_its_time,
     refusals::what_forbids_it_is_told_before_anything_moves,
     refusals::a_target_that_does_not_fit_is_refused,

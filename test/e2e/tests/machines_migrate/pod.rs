@@ -191,8 +191,36 @@ impl<'a> Pod<'a> {
         Ok(pod)
     }
 
+    /// The pod that `dyadctl` made for it on that node, where no other is. It has the same log.
+    pub fn made_on<'b>(&self, env: &'b Env) -> Result<Pod<'b>> {
+        let only = |found: Vec<String>| match <[String; 1]>::try_from(found) {
+            Ok([id]) => Ok(id),
+            Err(found) => bail!("not one, but {found:?}"),
+        };
+        let crictl = env.crictl();
+        Ok(Pod {
+            env,
+            id: only(crictl.pods()?)?,
+            container: only(crictl.containers()?)?,
+            config: self.config.clone(),
+            log: self.log.clone(),
+        })
+    }
+
     /// Runs one more container until it ends with 0.
     pub fn run_to_end(&self, name: &str, image: &str, script: &str) -> Result<()> {
+        let id = self.begin_one(name, image, script)?;
+        let crictl = self.env.crictl();
+        let code = until(SOON, &format!("container {name} to end"), || {
+            let status = crictl.status(&id)?;
+            Ok((status.state == "CONTAINER_EXITED").then_some(status.exit_code))
+        })?;
+        ensure!(code == 0, "container {name} ended with {code}");
+        Ok(())
+    }
+
+    /// Runs one more container.
+    pub fn begin_one(&self, name: &str, image: &str, script: &str) -> Result<String> {
         let container = json!({
             "metadata": {"name": name},
             "image": {"image": image},
@@ -203,12 +231,7 @@ impl<'a> Pod<'a> {
         let crictl = self.env.crictl();
         let id = crictl.create(&self.id, &container, &self.config)?;
         crictl.start(&id)?;
-        let code = until(SOON, &format!("container {name} to end"), || {
-            let status = crictl.status(&id)?;
-            Ok((status.state == "CONTAINER_EXITED").then_some(status.exit_code))
-        })?;
-        ensure!(code == 0, "container {name} ended with {code}");
-        Ok(())
+        Ok(id)
     }
 
     /// What that container wrote to stdout.
@@ -323,6 +346,8 @@ impl<'a> Pod<'a> {
         let told = self.log.with_file_name(format!("migrate-{number}.log"));
         let file = fs::File::create(&told)?;
         let child = Command::new(self.env.program("dyadctl"))
+            // Where it looks for crictl.
+            .env("PATH", self.env.path())
             .arg("--state-dir")
             .arg(self.env.dir.join("dyad/run"))
             .args(["migrate", &self.id, "--to", uri])
