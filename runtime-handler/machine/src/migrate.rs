@@ -24,5 +24,5 @@ pub mod offer;
 mod transport;
 pub mod xml;
 
-pub use emulation::{blocker as emulation_blocker, version_key};
+pub use emulation::{blocker as emulation_blocker, older_qemu};
 pub use transport::{Streams, streams};

@@ -21,7 +21,7 @@ use crate::migrate::offer::{
     self, HANDOVER, Handover, OFFER, Offer, RECORD, Record, Traveller, Wanted,
 };
 use crate::migrate::xml::{self, Places};
-use crate::migrate::{Streams, emulation_blocker, streams, version_key};
+use crate::migrate::{Streams, emulation_blocker, older_qemu, streams};
 use crate::network::apply as network;
 use crate::network::plan::Held;
 use crate::storage::apply as storage;
@@ -79,10 +79,7 @@ impl Machine {
         let xml = self.libvirt.migratable_xml(uuid).await?;
         let found = xml::find(&xml)?;
         if let Some(blocker) = found.blockers.first() {
-            return Err(refuse(format!(
-                "the machine has {blocker}, which stays on its host: use volumes that are copied or \
-                 attached as disks"
-            )));
+            return Err(refuse(format!("the machine has {blocker}")));
         }
         let here = self.libvirt.versions().await?;
         let plugged_mib = lock(&self.plan).reached.plugged_mib;
@@ -122,12 +119,8 @@ impl Machine {
         let wanted = self.wanted().await?;
         offer::fits(&wanted, &offer)?;
         let there = destination.versions().await?;
-        if version_key(&there.qemu) < version_key(&here.qemu) {
-            return Err(refuse(format!(
-                "the target's QEMU {} is older than this node's {}: a machine moves to the same or a \
-                 newer one",
-                there.qemu, here.qemu
-            )));
+        if let Some(blocker) = older_qemu(&here.qemu, &there.qemu) {
+            return Err(refuse(blocker));
         }
         Ok(Ready {
             destination,

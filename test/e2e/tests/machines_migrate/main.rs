@@ -46,6 +46,7 @@ const STEPS: &[Step] = &steps![
 ];
 
 const LONG_STEPS: &[Step] = &steps![
+    limits::auto_converge_brings_it_to_an_end,
     matrix::who_dies_before_anything_moves,
     matrix::who_dies_while_memory_is_copied,
     matrix::who_dies_while_memory_is_fetched,
