@@ -253,7 +253,7 @@ log_level = "${DYAD_LOG_LEVEL:-info}"
 runtime = "$dir/bin/runc"
 
 [annotations]
-allow = ["dyad.dev/disk", "dyad.dev/migration-source", "dyad.dev/vcpus"]
+allow = ["dyad.dev/disk", "dyad.dev/migration-init-containers", "dyad.dev/migration-source", "dyad.dev/vcpus"]
 TOML
     cat >"$dir/etc/dyad-vm.toml" <<TOML
 kind = "machine"
@@ -270,7 +270,7 @@ kernel = "$dir/guest/vmlinux"
 initramfs = "$dir/guest/initramfs.zst"
 
 [annotations]
-allow = ["dyad.dev/disk", "dyad.dev/migration-source", "dyad.dev/vcpus"]
+allow = ["dyad.dev/disk", "dyad.dev/migration-init-containers", "dyad.dev/migration-source", "dyad.dev/vcpus"]
 TOML
 }
 

@@ -38,13 +38,23 @@ pub mod annotation {
     pub const DISK: &str = "dyad.dev/disk";
     /// Memory of the machine, a Kubernetes quantity (`512Mi`).
     pub const MEMORY: &str = "dyad.dev/memory";
+    /// Of a migration target: its init containers, by name, comma-separated. Their work is in
+    /// what comes from the source: they end with 0 without running.
+    pub const MIGRATION_INIT_CONTAINERS: &str = "dyad.dev/migration-init-containers";
     /// A migration target: the pod waits for the machine of this uuid instead of booting
     /// its own (container kind: for the pod of this identity, derived in the same way).
     pub const MIGRATION_SOURCE: &str = "dyad.dev/migration-source";
     /// vCPUs of the machine, a whole number.
     pub const VCPUS: &str = "dyad.dev/vcpus";
     /// All of them.
-    pub const ALL: [&str; 5] = [BOOT, DISK, MEMORY, MIGRATION_SOURCE, VCPUS];
+    pub const ALL: [&str; 6] = [
+        BOOT,
+        DISK,
+        MEMORY,
+        MIGRATION_INIT_CONTAINERS,
+        MIGRATION_SOURCE,
+        VCPUS,
+    ];
 }
 
 /// Section `[container]`.
@@ -122,6 +132,9 @@ pub struct MachineConfig {
     pub disk_gib: u64,
     /// How long a machine may take from power-on to its agent's first answer.
     pub boot_timeout_s: u64,
+    /// How long a machine that migrated keeps its source pod's addresses beside its own; 0:
+    /// as long as it runs.
+    pub source_address_s: u64,
 }
 
 impl Default for MachineConfig {
@@ -139,6 +152,7 @@ impl Default for MachineConfig {
             max_memory_mib: 0,
             disk_gib: 10,
             boot_timeout_s: 60,
+            source_address_s: 300,
         }
     }
 }

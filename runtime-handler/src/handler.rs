@@ -224,7 +224,8 @@ pub trait Instance: Send + Sync {
     /// Ends the init process but keeps all else, so that [`Instance::start`] works
     /// again: container: SIGTERM (or the image's stop signal), `grace`, SIGKILL;
     /// machine: agent, then ACPI, `grace`, power off. Returns when it has ended;
-    /// [`Event::Exited`] is sent as for any end.
+    /// [`Event::Exited`] is sent as for any end. One that waits for its migration source has no
+    /// process: from here on nothing comes to it, and no event is sent.
     ///
     /// # Errors
     /// It could not be ended.

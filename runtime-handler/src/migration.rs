@@ -20,7 +20,7 @@
 //! ([`crate::spec::ContainerSpec::name`]); ids differ. Who started it where, and how
 //! often, travels as `pod`, which a backend carries without reading it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -195,6 +195,41 @@ pub fn source_of(pod: &PodInfo) -> Option<&str> {
         .map(String::as_str)
 }
 
+/// The containers of a target that have done their work on the source: its init containers,
+/// by Kubernetes' name.
+///
+/// # Errors
+/// `InvalidArgument`: the annotation is no list of names, or the pod waits for nobody.
+pub fn done_on_source(pod: &PodInfo) -> Result<BTreeSet<String>> {
+    let name = annotation::MIGRATION_INIT_CONTAINERS;
+    let Some(list) = pod.annotations.get(name) else {
+        return Ok(BTreeSet::new());
+    };
+    if source_of(pod).is_none() {
+        return Err(Error::InvalidArgument(format!(
+            "annotation {name} is for migration targets: set {} too, or remove it",
+            annotation::MIGRATION_SOURCE
+        )));
+    }
+    let done: BTreeSet<String> = list.split(',').map(|name| name.trim().to_owned()).collect();
+    match done.iter().find(|name| !is_container_name(name)) {
+        None => Ok(done),
+        Some(bad) => Err(Error::InvalidArgument(format!(
+            "annotation {name} {list:?}: {bad:?} is no container's name; names are separated by commas"
+        ))),
+    }
+}
+
+/// Kubernetes' rule for container names (a DNS label).
+fn is_container_name(name: &str) -> bool {
+    (1..=63).contains(&name.len())
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+}
+
 /// A pod that runs on another node and must not run here again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tombstone {
@@ -344,6 +379,44 @@ mod tests {
             settled: true,
             unix_s,
         }
+    }
+
+    fn pod(annotations: &[(&str, &str)]) -> PodInfo {
+        PodInfo {
+            annotations: annotations
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect(),
+            ..PodInfo::default()
+        }
+    }
+
+    #[test]
+    fn a_target_names_its_init_containers() {
+        let source = (annotation::MIGRATION_SOURCE, "u");
+        let named = |list| pod(&[source, (annotation::MIGRATION_INIT_CONTAINERS, list)]);
+        assert!(done_on_source(&pod(&[source])).unwrap().is_empty());
+        let done = done_on_source(&named("load, init-2")).unwrap();
+        assert_eq!(done, ["load".to_owned(), "init-2".to_owned()].into());
+        for bad in [
+            "",
+            ",",
+            "a,,b",
+            "A",
+            "a b",
+            "-a",
+            "a-",
+            "a/b",
+            "é",
+            "a\0",
+            &"a".repeat(64),
+        ] {
+            let error = done_on_source(&named(bad)).unwrap_err().to_string();
+            assert!(error.contains("no container's name"), "{error}");
+        }
+        let alone = pod(&[(annotation::MIGRATION_INIT_CONTAINERS, "a")]);
+        let error = done_on_source(&alone).unwrap_err().to_string();
+        assert!(error.contains(annotation::MIGRATION_SOURCE), "{error}");
     }
 
     #[test]

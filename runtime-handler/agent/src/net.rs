@@ -95,6 +95,93 @@ pub async fn set_up(
     done
 }
 
+/// Takes addresses and routes away, where they are. An interface's other addresses stay.
+///
+/// # Errors
+/// `InvalidArgument` for an address that is none; what the kernel refused.
+pub async fn take_away(interfaces: &[Interface], routes: &[Route]) -> Result<()> {
+    let mut addresses = Vec::new();
+    for Interface {
+        name,
+        addresses: gone,
+        ..
+    } in interfaces
+    {
+        check_name(name)?;
+        for address in gone {
+            addresses.push((name.as_str(), Cidr::parse(address)?));
+        }
+    }
+    let routes = plan(routes)?;
+    if addresses.is_empty() && routes.is_empty() {
+        return Ok(());
+    }
+    let (connection, handle, _) = new_connection().context(|| "open rtnetlink".into())?;
+    let driver = tokio::spawn(connection);
+    let done = async {
+        // Those through gateways first.
+        for route in routes.iter().rev() {
+            remove_route(&handle, route).await?;
+        }
+        for (name, cidr) in addresses {
+            remove_address(&handle, name, cidr).await?;
+        }
+        Ok(())
+    };
+    let done = done.await;
+    driver.abort();
+    done
+}
+
+async fn remove_route(handle: &Handle, route: &Plan<'_>) -> Result<()> {
+    let what = || format!("remove route {}", describe(route));
+    let Some(index) = index_of(handle, route.interface).await.context(what)? else {
+        return Ok(());
+    };
+    let message = message(route, index).context(what)?;
+    match handle.route().del(message).execute().await {
+        Err(error) if is_absent(&error) => Ok(()),
+        removed => removed.context(what),
+    }
+}
+
+async fn remove_address(handle: &Handle, name: &str, cidr: Cidr) -> Result<()> {
+    let Cidr { address, prefix } = cidr;
+    let what = || format!("remove address {address}/{prefix} from {name}");
+    // Else the kernel takes the others of its subnet away, too.
+    let file = format!("/proc/sys/net/ipv4/conf/{name}/promote_secondaries");
+    std::fs::write(file, "1").context(what)?;
+    let Some(index) = index_of(handle, name).await.context(what)? else {
+        return Ok(());
+    };
+    let found: Vec<_> = handle
+        .address()
+        .get()
+        .set_link_index_filter(index)
+        .set_address_filter(address)
+        .set_prefix_length_filter(prefix)
+        .execute()
+        .try_collect()
+        .await
+        .context(what)?;
+    for message in found {
+        handle
+            .address()
+            .del(message)
+            .execute()
+            .await
+            .context(what)?;
+    }
+    Ok(())
+}
+
+fn is_absent(error: &rtnetlink::Error) -> bool {
+    let rtnetlink::Error::NetlinkError(message) = error else {
+        return false;
+    };
+    message.code.is_some_and(|code| -code.get() == libc::ESRCH)
+}
+
 async fn set_up_interface(handle: &Handle, interface: &Interface) -> Result<()> {
     let name = &interface.name;
     let what = || format!("set up interface {name} ({})", interface.mac);
@@ -444,6 +531,23 @@ mod tests {
         assert_eq!(u8::from(built.header.address_family), libc::AF_INET6 as u8);
         let built = message(&plan_one(&route("", "10.1.0.1")).unwrap(), 3).unwrap();
         assert_eq!(u8::from(built.header.address_family), libc::AF_INET as u8);
+    }
+
+    #[tokio::test]
+    async fn what_is_to_be_taken_away_must_be_an_address() {
+        for (name, address) in [("eth0", "10.0.0.1"), ("eth0", ""), ("a/b", "10.0.0.1/24")] {
+            let interface = Interface {
+                name: name.into(),
+                addresses: vec![address.into()],
+                ..Default::default()
+            };
+            assert!(
+                take_away(&[interface], &[]).await.is_err(),
+                "{name} {address:?}"
+            );
+        }
+        assert!(take_away(&[], &[route("10.0.0.0", "")]).await.is_err());
+        take_away(&[], &[]).await.unwrap();
     }
 
     #[test]

@@ -66,6 +66,7 @@ async fn set_up(agent: &Agent, request: &SetupRequest) -> Result<()> {
     }
     mount_shm(request.shm_size)?;
     let localhost = request.localhost.as_ref();
+    net::take_away(&request.former_interfaces, &request.former_routes).await?;
     net::set_up(&request.interfaces, &request.routes, localhost).await?;
     // After the interfaces: some are named after one.
     set_sysctls(&request.sysctls)

@@ -13,6 +13,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -47,6 +48,8 @@ pub(crate) struct Container {
     init: Mutex<Option<Init>>,
     /// Mounted and with its stdio, but without a process until one arrives.
     incoming: Mutex<Option<Stdio>>,
+    /// So, and it has ended while it was waiting.
+    withdrawn: AtomicBool,
     execs: Mutex<HashMap<String, Exec>>,
 }
 
@@ -128,6 +131,7 @@ impl Container {
             events,
             init: Mutex::new(None),
             incoming: Mutex::new(None),
+            withdrawn: AtomicBool::new(false),
             execs: Mutex::default(),
         };
         let target = bundle.join("rootfs");
@@ -298,6 +302,11 @@ impl Container {
 
     pub(crate) fn is_incoming(&self) -> bool {
         lock(&self.incoming).is_some()
+    }
+
+    /// Whether something may still come to it.
+    pub(crate) fn waits(&self) -> bool {
+        self.is_incoming() && !self.withdrawn.load(Ordering::Relaxed)
     }
 
     /// Execs that run.
@@ -587,6 +596,7 @@ impl Instance for Container {
 
     async fn stop(&self, grace: Duration) -> Result<()> {
         if self.waits_no_more() {
+            self.withdrawn.store(true, Ordering::Relaxed);
             return Ok(());
         }
         let init = self.init()?;

@@ -453,6 +453,7 @@ impl Instance for ContainerInstance {
 
     async fn stop(&self, grace: Duration) -> Result<()> {
         if self.0.stop_waiting() {
+            self.0.machine.withdraw_container(&self.0.name).await;
             return Ok(());
         }
         let process = ProcessId::init(&self.0.id);

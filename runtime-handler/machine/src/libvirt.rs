@@ -23,6 +23,10 @@ use std::time::{Duration, Instant};
 
 use dyad_runtime_handler::Error;
 use log::{debug, info, warn};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use virt::connect::Connect;
@@ -793,6 +797,28 @@ fn is_qemu(pid: u32, uuid: Uuid) -> bool {
     words.any(|word| word == b"-uuid") && words.next() == Some(uuid.to_string().as_bytes())
 }
 
+/// Returns when QEMU has ended, or the pid is (now) another's. libvirt says so only once
+/// QEMU is reaped, too.
+///
+/// # Errors
+/// The kernel gives no handle on it.
+pub async fn qemu_ended(pid: u32, uuid: Uuid) -> std::io::Result<()> {
+    let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let raw = raw.ok_or(std::io::ErrorKind::InvalidInput)?;
+    let handle = match pidfd_open(raw, PidfdFlags::empty()) {
+        Err(Errno::SRCH) => return Ok(()),
+        handle => handle?,
+    };
+    // Looked at with the handle in hand: from here on the pid stays this process's.
+    if is_qemu(pid, uuid) {
+        // SAFETY: an OwnedFd is open, and the AsyncFd that now owns it never swaps it for
+        // another nor hands it out before its end.
+        let handle = unsafe { AsyncFd::register_with_interest(handle, Interest::READABLE) }?;
+        handle.readable().await?.retain_ready();
+    }
+    Ok(())
+}
+
 /// Sends SIGTERM to QEMU, if the pid is (still) that machine's; says whether it was.
 pub fn terminate_qemu(pid: u32, uuid: Uuid) -> bool {
     let Ok(raw) = i32::try_from(pid) else {
@@ -804,4 +830,28 @@ pub fn terminate_qemu(pid: u32, uuid: Uuid) -> bool {
             nix::sys::signal::Signal::SIGTERM,
         )
         .is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn qemu_has_ended_before_it_is_reaped() {
+        let uuid = Uuid::from_u128(7);
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "read _; true", "-uuid", &uuid.to_string()])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .expect("a shell");
+        let ended = qemu_ended(child.id(), uuid);
+        tokio::pin!(ended);
+        let soon = Duration::from_millis(50);
+        assert!(tokio::time::timeout(soon, &mut ended).await.is_err());
+        drop(child.stdin.take());
+        ended.await.expect("ended");
+        // Another's process counts as ended, too.
+        qemu_ended(std::process::id(), uuid).await.expect("another");
+        child.wait().expect("reaped");
+    }
 }

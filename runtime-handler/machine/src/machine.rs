@@ -10,10 +10,12 @@
 //! `libvirt` owns the domain and is believed: power changes here only when its events say
 //! so. Whatever ends the machine ends every process in it, with the same status.
 //! Rooms: [`prepare`] (before there is one), [`boot`], [`power`], [`processes`],
-//! [`images`] (and the agent), [`resize`], [`leaving`] and [`arriving`] (migration).
+//! [`images`] (and the agent), [`resize`], [`leaving`] and [`arriving`] (migration), [`former`] (its
+//! source's addresses).
 
 mod arriving;
 mod boot;
+mod former;
 mod images;
 mod leaving;
 mod power;
@@ -48,7 +50,7 @@ use crate::guest::Agent;
 use crate::kept::{self, Kept};
 use crate::libvirt::Libvirt;
 use crate::migrate::offer::Offer;
-use crate::network::plan::NetworkPlan;
+use crate::network::plan::{Held, NetworkPlan};
 use crate::network::{apply as network, plan as network_plan};
 use crate::record::{Folder, Record, machine_uuid};
 use crate::resize::{Ledger, Reached};
@@ -118,6 +120,8 @@ pub struct Machine {
     /// The guest's `uname -r`, once it told.
     kernel_release: Mutex<String>,
     network: Mutex<NetworkPlan>,
+    /// What its guest has of its source's network, for a while.
+    former: Mutex<Held>,
     sandbox: SandboxSpec,
     power: watch::Sender<Power>,
     /// How often its guest rebooted.
@@ -144,8 +148,10 @@ pub struct Machine {
     give_up: AtomicBool,
     /// So, and it has been told to run over there.
     post_copy: AtomicBool,
+    /// The link to the guest is given up, for the other side.
+    let_go: AtomicBool,
     /// The other side has been told how far each stream is.
-    handed_over: AtomicBool,
+    handed_over: tokio::sync::Mutex<bool>,
     /// It runs elsewhere.
     moved: AtomicBool,
     /// The guest's last event that was told.
@@ -352,6 +358,7 @@ impl Machine {
             accelerator,
             kernel_release: Mutex::default(),
             network: Mutex::new(network),
+            former: Mutex::default(),
             sandbox,
             power: watch::Sender::new(Power::Off(None)),
             reboots: watch::Sender::new(0),
@@ -370,7 +377,8 @@ impl Machine {
             leaving: AtomicBool::new(false),
             give_up: AtomicBool::new(false),
             post_copy: AtomicBool::new(false),
-            handed_over: AtomicBool::new(false),
+            let_go: AtomicBool::new(false),
+            handed_over: tokio::sync::Mutex::default(),
             moved: AtomicBool::new(false),
             events_after: AtomicU64::new(0),
             deleted: AtomicBool::new(false),

@@ -7,7 +7,7 @@
 //!        |                                                                        |
 //!        |                        |<== peer to peer: disks, memory ===| <--- migrate
 //!   wire tap, cgroup <- STARTED --|                                   |           |
-//!   read the record <-- RESUMED --|                    STOPPED(migrated) -> let go of the
+//!   read the record <-- RESUMED --|                          QEMU has ended -> let go of the
 //!        |                        |<--------- hand-over: where each stream stands -- link
 //!   connect to the agent, go on from there                                        v
 //!                                                                              Moved
@@ -24,5 +24,5 @@ pub mod offer;
 mod transport;
 pub mod xml;
 
-pub use emulation::{blocker as emulation_blocker, version_key};
+pub use emulation::{blocker as emulation_blocker, older_qemu};
 pub use transport::{Streams, streams};

@@ -109,8 +109,9 @@ pub enum Command {
     /// Move a pod to another node, where a target pod waits for it
     ///
     /// The target is a pod of the same spec with the annotation dyad.dev/migration-source:
-    /// UUID, where UUID is the machine's as `dyadctl state` tells it. What forbids the move is
-    /// told before anything moves; one that fails or is cancelled leaves the pod running here.
+    /// UUID, where UUID is the machine's as `dyadctl state` tells it; its init containers are named
+    /// in dyad.dev/migration-init-containers. What forbids the move is told before anything moves;
+    /// one that fails or is cancelled leaves the pod running here.
     Migrate(Box<MigrateArguments>),
     /// Attach this terminal to the machine's serial console (ctrl-] leaves)
     ///

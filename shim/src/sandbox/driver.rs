@@ -4,7 +4,7 @@
 //! `init` has the steps of a container and its init process, `execs` those of further
 //! processes, both as methods of [`Driver`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
@@ -66,6 +66,8 @@ pub struct Driver {
     pub(super) migrations: watch::Sender<MigrationView>,
     /// The pod waits for its source.
     pub(super) incoming: bool,
+    /// So, and these containers have done their work on the source, by name.
+    pub(super) done_on_source: BTreeSet<String>,
     /// Asked to shut down when the pod's own task was gone: nobody asks again.
     no_pod: bool,
     shutdown: bool,
@@ -97,6 +99,7 @@ impl Driver {
             outgoing: None,
             migrations: watch::Sender::default(),
             incoming: false,
+            done_on_source: BTreeSet::new(),
             no_pod: false,
             shutdown: false,
         }

@@ -1,7 +1,7 @@
 //! The driver's steps for a container and its init process.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use dyad_runtime_handler::handler::{Exit, Instance};
 use dyad_runtime_handler::migration;
@@ -101,6 +101,10 @@ impl Driver {
             stdio: uris,
         } = request;
         if identity.role == Role::Sandbox {
+            self.done_on_source = match migration::done_on_source(&spec.pod) {
+                Ok(done) => done,
+                Err(error) => return drop(reply.send(Err(error))),
+            };
             self.info = spec.pod.clone();
             self.incoming = migration::source_of(&spec.pod).is_some();
         }
@@ -184,14 +188,32 @@ impl Driver {
             Ok(instance) => instance,
             Err(error) => return self.refused(container, ticket, reply, error),
         };
+        let done = self.is_done_on_source(container);
         let container = container.to_owned();
-        self.effect(
-            async move { instance.start(None).await },
-            move |driver, result| {
-                driver.init_started(&container, result, reply);
-                driver.finish(&container, ticket);
-            },
-        );
+        let effect = async move {
+            if !done {
+                return instance.start(None).await;
+            }
+            instance.stop(Duration::ZERO).await?;
+            Ok(std::process::id())
+        };
+        self.effect(effect, move |driver, result| {
+            let ends = done && result.is_ok();
+            driver.init_started(&container, result, reply);
+            if ends {
+                let (status, at) = (0, SystemTime::now());
+                driver.end_for_good(&container, std::process::id(), Exit { status, at });
+            }
+            driver.finish(&container, ticket);
+        });
+    }
+
+    /// An init container of a target has nothing left to do: kubelet waits for its end before
+    /// it makes the next.
+    fn is_done_on_source(&self, container: &str) -> bool {
+        let task = self.tasks.get(container);
+        let name = task.map(|task| &task.name);
+        self.incoming && name.is_some_and(|name| self.done_on_source.contains(name))
     }
 
     fn init_started(&mut self, container: &str, result: Result<u32>, reply: Reply<u32>) {

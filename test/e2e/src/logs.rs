@@ -46,9 +46,32 @@ impl Logs {
     }
 }
 
+/// When each line was written, in seconds of its day.
+pub fn times(file: &[u8]) -> Vec<f64> {
+    let lines = String::from_utf8_lossy(file);
+    lines.lines().filter_map(time_of).collect()
+}
+
+fn time_of(line: &str) -> Option<f64> {
+    let (_date, time) = line.split(' ').next()?.split_once('T')?;
+    let end = time.find(['Z', '+', '-'])?;
+    let mut seconds = 0.0;
+    for part in time[..end].split(':') {
+        seconds = seconds * 60.0 + part.parse::<f64>().ok()?;
+    }
+    Some(seconds)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_have_their_times() {
+        let log =
+            b"2026-01-02T01:00:02.5Z stdout F a\ngarbage\n2026-01-02T01:01:00+02:00 stdout F b\n";
+        assert_eq!(times(log), [3602.5, 3660.0]);
+    }
 
     #[test]
     fn partial_lines_are_joined_and_streams_kept_apart() {

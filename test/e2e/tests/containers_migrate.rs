@@ -39,7 +39,10 @@ impl<'a> Pod<'a> {
         // As kubelet says it: processes of a container see their own alone.
         let security = json!({"namespace_options": {"pid": 1}});
         let annotations = match source {
-            Some(source) => json!({"dyad.dev/migration-source": source}),
+            Some(source) => json!({
+                "dyad.dev/migration-source": source,
+                "dyad.dev/migration-init-containers": "load",
+            }),
             None => json!({}),
         };
         let pod = json!({
@@ -63,8 +66,29 @@ impl<'a> Pod<'a> {
                 "resources": {"memory_limit_in_bytes": 128 << 20},
             },
         });
+        let init = json!({
+            "metadata": {"name": "load"},
+            "image": {"image": "dyad.test/busybox:1"},
+            "command": ["/bin/sh", "-c", "echo loaded"],
+            "log_path": "load.log",
+            "linux": {"security_context": security},
+        });
         let crictl = env.crictl();
         let id = crictl.runp("dyad", &pod)?;
+        let init = crictl.create(&id, &init, &pod)?;
+        crictl.start(&init)?;
+        let code = until(SOON, "the init container to end", || {
+            let status = crictl.status(&init)?;
+            Ok((status.state == "CONTAINER_EXITED").then_some(status.exit_code))
+        })?;
+        same("exit code of the init container", code, 0)?;
+        let loaded = fs::read(dir.join("load.log")).unwrap_or_default();
+        let wanted = if source.is_none() { "loaded\n" } else { "" };
+        same(
+            "what the init container said",
+            Logs::parse(&loaded).out().as_str(),
+            wanted,
+        )?;
         let container = crictl.create(&id, &container, &pod)?;
         crictl.start(&container)?;
         Ok(Self {

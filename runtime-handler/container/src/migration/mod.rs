@@ -172,7 +172,7 @@ impl Containers {
         pod.iter()
             .filter_map(std::sync::Weak::upgrade)
             // A deleted one may be held still.
-            .filter(|container| container.is_incoming() || container.init().is_ok())
+            .filter(|container| container.waits() || container.init().is_ok())
             .map(|container| (container.about.name.clone(), container))
             .collect()
     }

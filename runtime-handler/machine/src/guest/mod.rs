@@ -565,13 +565,13 @@ impl Agent {
     }
 
     /// Ends the link for good, and tells how far each output came: all below that is in
-    /// its FIFO, at most `within` after this.
+    /// its FIFO, at most `within` after this. Tells it again until [`Self::close`].
     pub async fn hand_over(&self, within: Duration) -> Vec<Position> {
         self.inner.client.close();
         let pumps: Vec<Arc<Pump>> = self.pumps().values().cloned().collect();
         let drained = pumps.iter().map(|pump| pump.drained(within));
         futures::future::join_all(drained).await;
-        let positions = pumps
+        pumps
             .iter()
             .flat_map(|pump| pump.positions().collect::<Vec<_>>())
             .map(|(key, offset)| Position {
@@ -580,9 +580,7 @@ impl Agent {
                 fd: u32::from(key.fd.number()),
                 offset,
             })
-            .collect();
-        self.pumps().clear();
-        positions
+            .collect()
     }
 
     async fn streams(&self) -> Result<Vec<StreamState>> {

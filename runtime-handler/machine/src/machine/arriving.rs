@@ -19,6 +19,7 @@ use super::{Boot, Machine, Power, lock};
 use crate::container::Container;
 use crate::domain::{AgentChannel, ImageDisk};
 use crate::events::{Change, Ending, Observed};
+use crate::guest::Agent;
 use crate::libvirt::{self, Of};
 use crate::migrate::offer::{
     self, HANDOVER, Handover, OFFER, Offer, OfferedContainer, Position, RECORD, Record,
@@ -341,24 +342,12 @@ impl Machine {
         for (interface, mac) in lock(&self.network).interfaces.iter_mut().zip(&record.macs) {
             interface.mac.clone_from(mac);
         }
+        *lock(&self.former) = record.network.clone().beyond(&lock(&self.network));
         let mut processes = vec![(ProcessId::init(self.sandbox_id()), pid)];
-        let handover = self.handover();
-        let reached = async {
-            agent.ready(AGENT_WITHIN).await?;
-            let own = SetupRequest {
-                // The rest of the guest is as the source's pod made it.
-                hostname: String::new(),
-                ..self.setup_request()
-            };
-            agent.setup(own).await
-        };
-        let (handover, reached) = tokio::join!(handover, reached);
-        if let Err(error) = reached {
-            warn!(
-                "machine {}: its new address: {}",
-                self.record.uuid,
-                error.chain()
-            );
+        let (handover, ready) = tokio::join!(self.handover(), agent.ready(AGENT_WITHIN));
+        match ready {
+            Ok(_) => debug!("machine {}: hand-over and guest are here", self.record.uuid),
+            Err(error) => warn!("machine {}: {}", self.record.uuid, error.chain()),
         }
         let mut known = Vec::new();
         for (name, container) in self.named_containers() {
@@ -377,7 +366,27 @@ impl Machine {
         self.events_after
             .store(record.events_after, Ordering::Relaxed);
         self.watch_guest();
+        // Output and execs need not wait for it.
+        tokio::spawn(Arc::clone(self).answer_here(agent));
         processes
+    }
+
+    /// Gives the guest this pod's own address, and later takes its source's.
+    async fn answer_here(self: Arc<Self>, agent: Agent) {
+        let own = SetupRequest {
+            // The rest of the guest is as the source's pod made it.
+            hostname: String::new(),
+            ..self.setup_request()
+        };
+        match agent.setup(own).await {
+            Ok(_) => debug!("machine {}: answers on its new address", self.record.uuid),
+            Err(error) => warn!(
+                "machine {}: its new address: {}",
+                self.record.uuid,
+                error.chain()
+            ),
+        }
+        self.leave_former_later();
     }
 
     /// A later power-on here is with what came.
@@ -412,7 +421,7 @@ impl Machine {
         }
     }
 
-    fn named_containers(&self) -> Vec<(String, Arc<Container>)> {
+    pub(super) fn named_containers(&self) -> Vec<(String, Arc<Container>)> {
         lock(&self.containers)
             .iter()
             .filter_map(|(name, container)| Some((name.clone(), Weak::upgrade(container)?)))

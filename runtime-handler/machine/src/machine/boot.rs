@@ -16,6 +16,7 @@ use super::{Boot, Machine, POD_DISK_SERIAL, Power, lock};
 use crate::guest::GuestEvent;
 use crate::kept::Kept;
 use crate::network::apply as network;
+use crate::network::plan::GuestRoute;
 use crate::{cgroup, libvirt, slots};
 
 /// As much fresh randomness as the kernel's generator takes in.
@@ -225,7 +226,7 @@ impl Machine {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();
-        let network = lock(&self.network);
+        let network = lock(&self.network).clone();
         SetupRequest {
             hostname: self.sandbox.hostname.clone(),
             unix_time_ns: u64::try_from(now.as_nanos()).unwrap_or_default(),
@@ -242,20 +243,7 @@ impl Machine {
                     ..Default::default()
                 })
                 .collect(),
-            routes: network
-                .routes
-                .iter()
-                .map(|route| proto::Route {
-                    destination: route.destination.clone(),
-                    gateway: route.gateway.clone(),
-                    interface: route.interface.clone(),
-                    source: route.source.clone(),
-                    metric: route.metric,
-                    scope: u32::from(route.scope),
-                    family: u32::from(route.family),
-                    ..Default::default()
-                })
-                .collect(),
+            routes: network.routes.into_iter().map(route).collect(),
             localhost: network
                 .localhost
                 .as_ref()
@@ -271,6 +259,19 @@ impl Machine {
             pod_disk_inherited: self.inherited.load(Ordering::Relaxed),
             ..Default::default()
         }
+    }
+}
+
+pub(super) fn route(route: GuestRoute) -> proto::Route {
+    proto::Route {
+        destination: route.destination,
+        gateway: route.gateway,
+        interface: route.interface,
+        source: route.source,
+        metric: route.metric,
+        scope: u32::from(route.scope),
+        family: u32::from(route.family),
+        ..Default::default()
     }
 }
 

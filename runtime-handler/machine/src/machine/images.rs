@@ -26,13 +26,35 @@ impl Machine {
             ImageDisk {
                 file: image.file.clone(),
                 serial: image.key.clone(),
-                unit: u32::try_from(plan.images.len()).unwrap_or(u32::MAX),
+                unit: free_unit(&plan.images),
             }
         };
         self.libvirt.attach(self.record.uuid, disk.to_xml()).await?;
         lock(&self.plan).images.push(disk);
         self.save()?;
         Ok(image.key.clone())
+    }
+
+    /// Takes out the images of which no container is left, in whose guest they are unmounted
+    /// then.
+    ///
+    /// # Errors
+    /// libvirt or QEMU refused.
+    pub(super) async fn unplug_idle(&self) -> Result<()> {
+        let _one_at_a_time = self.plugging.lock().await;
+        let used: Vec<String> = self
+            .named_containers()
+            .iter()
+            .map(|(_, container)| container.image_serial())
+            .collect();
+        let mut idle = lock(&self.plan).images.clone();
+        idle.retain(|disk| !used.contains(&disk.serial));
+        for disk in idle {
+            self.libvirt.detach(self.record.uuid, disk.to_xml()).await?;
+            lock(&self.plan).images.retain(|other| *other != disk);
+            self.save()?;
+        }
+        Ok(())
     }
 
     /// The guest's agent.
@@ -51,6 +73,12 @@ impl Machine {
     }
 }
 
+/// The first SCSI unit that no image is on.
+fn free_unit(images: &[ImageDisk]) -> u32 {
+    let taken = |unit: &u32| images.iter().any(|disk| disk.unit == *unit);
+    (0..).find(|unit| !taken(unit)).unwrap_or(u32::MAX)
+}
+
 /// A new link to a guest.
 pub(super) fn connect(channel: &AgentChannel) -> Agent {
     Agent::new(match channel {
@@ -59,4 +87,21 @@ pub(super) fn connect(channel: &AgentChannel) -> Agent {
         }
         AgentChannel::Vsock { cid } => Client::new(dyad_agent_api::link::host::vsock(*cid)),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_unit_that_was_left_is_taken_again() {
+        let on = |unit: u32| ImageDisk {
+            file: "/f".into(),
+            serial: unit.to_string(),
+            unit,
+        };
+        assert_eq!(free_unit(&[]), 0);
+        assert_eq!(free_unit(&[on(0), on(1)]), 2);
+        assert_eq!(free_unit(&[on(2), on(0)]), 1);
+    }
 }

@@ -16,13 +16,14 @@ use tokio::sync::watch;
 
 use super::{Machine, POD_DISK_SERIAL, Power, lock};
 use crate::events::{Ending, Observed};
-use crate::libvirt::{Job, Libvirt, Of};
+use crate::libvirt::{self, Job, Libvirt, Of};
 use crate::migrate::offer::{
     self, HANDOVER, Handover, OFFER, Offer, RECORD, Record, Traveller, Wanted,
 };
 use crate::migrate::xml::{self, Places};
-use crate::migrate::{Streams, emulation_blocker, streams, version_key};
+use crate::migrate::{Streams, emulation_blocker, older_qemu, streams};
 use crate::network::apply as network;
+use crate::network::plan::Held;
 use crate::storage::apply as storage;
 
 /// libvirt tells figures only when asked.
@@ -78,10 +79,7 @@ impl Machine {
         let xml = self.libvirt.migratable_xml(uuid).await?;
         let found = xml::find(&xml)?;
         if let Some(blocker) = found.blockers.first() {
-            return Err(refuse(format!(
-                "the machine has {blocker}, which stays on its host: use volumes that are copied or \
-                 attached as disks"
-            )));
+            return Err(refuse(format!("the machine has {blocker}")));
         }
         let here = self.libvirt.versions().await?;
         let plugged_mib = lock(&self.plan).reached.plugged_mib;
@@ -121,12 +119,8 @@ impl Machine {
         let wanted = self.wanted().await?;
         offer::fits(&wanted, &offer)?;
         let there = destination.versions().await?;
-        if version_key(&there.qemu) < version_key(&here.qemu) {
-            return Err(refuse(format!(
-                "the target's QEMU {} is older than this node's {}: a machine moves to the same or a \
-                 newer one",
-                there.qemu, here.qemu
-            )));
+        if let Some(blocker) = older_qemu(&here.qemu, &there.qemu) {
+            return Err(refuse(blocker));
         }
         Ok(Ready {
             destination,
@@ -176,6 +170,7 @@ impl Machine {
     ) -> Result<Sent> {
         let uuid = self.record.uuid;
         progress.send_modify(|progress| progress.stage = Stage::Preparing);
+        self.unplug_idle().await?;
         let ready = self.get_ready(parameters).await?;
         let job = self.job(parameters, &ready, pod).await?;
         let mut record = self.record.clone();
@@ -191,7 +186,12 @@ impl Machine {
                 migrated = migrated => migrated.map_err(Error::from),
                 // libvirt may wait over there for memory that is nowhere any more.
                 () = self.is_dead_here() => Err(Error::Unavailable("its QEMU has died".into(), None)),
-                never = self.observe_job(parameters, &ready.destination, &progress) => match never {},
+                (never, ()) = async {
+                    tokio::join!(
+                        self.observe_job(parameters, &ready.destination, &progress),
+                        self.hand_over_at_once(&ready.destination),
+                    )
+                } => match never {},
             }
         };
         progress.send_modify(|progress| progress.stage = Stage::Finishing);
@@ -260,17 +260,17 @@ impl Machine {
                 .collect(),
             sizing: self.sizing().await,
             macs: ready.found.macs.clone(),
+            network: Held::of(&lock(&self.network), &lock(&self.former)),
             kernel_release: lock(&self.kernel_release).clone(),
             events_after: self.events_after.load(Ordering::Relaxed),
             pod,
         };
-        // An image whose last container is gone stays plugged in: it goes along under any
-        // file with its content, which is what it was made from.
+        // Of a container that has ended, and is not deleted yet.
         for serial in record.images.keys() {
             if !images.contains_key(serial) {
                 return Err(Error::FailedPrecondition(format!(
-                    "cannot migrate: the image of a container that is gone (serial {serial}) is still \
-                     plugged in, and the target has no file for it; restart the pod's machine first"
+                    "cannot migrate: the image of a container that has ended (serial {serial}) is still \
+                     plugged in, and the target has no file for it; delete that container first"
                 )));
             }
         }
@@ -356,8 +356,11 @@ impl Machine {
                 }
                 let stands = matches!(self.libvirt.state(uuid).await, Ok(Observed::Paused));
                 let post_copy = self.post_copy.load(Ordering::Relaxed);
-                if stands && matches!(destination.state(uuid).await, Ok(Observed::Running)) {
-                    // There is no way back from there, and libvirt may take its time here.
+                if post_copy
+                    && stands
+                    && matches!(destination.state(uuid).await, Ok(Observed::Running))
+                {
+                    // There is no way back from there, and its memory may take its time.
                     self.hand_over(destination).await;
                 }
                 progress.send_modify(|progress| {
@@ -378,6 +381,27 @@ impl Machine {
                 });
             }
             tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Hands over as soon as the switch is sure: its QEMU has ended here, and it runs there.
+    /// This node's libvirt tells neither while it waits for QEMU to be reaped.
+    async fn hand_over_at_once(&self, destination: &Libvirt) {
+        let uuid = self.record.uuid;
+        let Some(pid) = self.pid() else { return };
+        if let Err(error) = libvirt::qemu_ended(pid, uuid).await {
+            // Later then, when the job is over.
+            debug!("watch QEMU of machine {uuid}: {error}");
+            return;
+        }
+        debug!("machine {uuid}: QEMU has ended here");
+        loop {
+            match destination.state(uuid).await {
+                Ok(Observed::Running) => return self.hand_over(destination).await,
+                // It died on its way.
+                Ok(Observed::Off(_) | Observed::Absent) => return,
+                Ok(Observed::Paused) | Err(_) => tokio::time::sleep(LOOK_EVERY).await,
+            }
         }
     }
 
@@ -479,16 +503,20 @@ impl Machine {
 
     /// Whether the link to the guest was given up, for a target: nobody here asks it again.
     pub fn has_let_go(&self) -> bool {
-        self.handed_over.load(Ordering::Relaxed)
+        self.let_go.load(Ordering::Relaxed)
     }
 
     /// Lets go of the link to the guest, once, and tells the target how far each stream is.
+    /// Asked again, it goes on where the first one was broken off.
     async fn hand_over(&self, destination: &Libvirt) {
         let uuid = self.record.uuid;
-        if self.handed_over.swap(true, Ordering::Relaxed) {
+        let mut told_before = self.handed_over.lock().await;
+        if *told_before {
             return;
         }
-        let streams = self.agent().hand_over(HANDOVER_WITHIN).await;
+        self.let_go.store(true, Ordering::Relaxed);
+        let agent = self.agent();
+        let streams = agent.hand_over(HANDOVER_WITHIN).await;
         let handover = Handover {
             version: offer::VERSION,
             streams,
@@ -504,6 +532,9 @@ impl Machine {
             // The target goes on from what the guest kept: output may be there twice.
             warn!("hand over the streams of {uuid}: {}", error.chain());
         }
+        agent.close();
+        *told_before = true;
+        debug!("machine {uuid}: its streams are handed over");
     }
 
     /// Gives the migration up, where it can be.

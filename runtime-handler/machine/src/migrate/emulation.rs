@@ -1,4 +1,5 @@
-//! What QEMU's software emulation cannot move, which KVM can. Pure.
+//! What QEMU's software emulation cannot move, which KVM can; and which QEMU takes in what
+//! another one ran. Pure.
 
 use crate::domain::Accelerator;
 
@@ -27,8 +28,18 @@ pub fn blocker(accelerator: Accelerator, qemu: &str, plugged_mib: u64) -> Option
     })
 }
 
+/// Why a machine of this node's QEMU cannot go on in the target's.
+pub fn older_qemu(here: &str, there: &str) -> Option<String> {
+    (version_key(there) < version_key(here)).then(|| {
+        format!(
+            "the target's QEMU {there} is older than this node's {here}: a machine moves to the same or a \
+             newer one"
+        )
+    })
+}
+
 /// A version by its numbers.
-pub fn version_key(version: &str) -> Vec<u32> {
+fn version_key(version: &str) -> Vec<u32> {
     version
         .split('.')
         .map(|part| part.parse().unwrap_or_default())
@@ -43,6 +54,14 @@ mod tests {
     fn versions_are_compared_by_their_numbers() {
         assert!(version_key("10.0.0") > version_key("9.2.1"));
         assert!(version_key("7.2.22") > version_key("7.2.9"));
+    }
+
+    #[test]
+    fn a_machine_does_not_move_to_an_older_qemu() {
+        assert_eq!(older_qemu("10.0.2", "10.0.2"), None);
+        assert_eq!(older_qemu("9.2.0", "10.0.2"), None);
+        let told = older_qemu("10.0.2", "9.2.0").expect("refused");
+        assert!(told.contains("QEMU 9.2.0 is older than this node's 10.0.2"));
     }
 
     #[test]

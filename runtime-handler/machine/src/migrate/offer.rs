@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{Accelerator, Size};
+use crate::network::plan::Held;
 use crate::resize::{Ledger, Reached};
 
 /// The version of all three messages.
@@ -94,6 +95,8 @@ pub struct Record {
     pub sizing: Sizing,
     /// The guest's hardware addresses, in the order of its interfaces.
     pub macs: Vec<String>,
+    /// Its addresses and routes.
+    pub network: Held,
     /// `uname -r`.
     pub kernel_release: String,
     /// The last of the guest's events that was told.

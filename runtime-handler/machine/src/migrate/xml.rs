@@ -35,7 +35,7 @@ pub struct Found {
     pub disks: Vec<(String, String)>,
     /// Hardware address of each interface, in order.
     pub macs: Vec<String>,
-    /// Devices that cannot move, for people.
+    /// Devices that cannot move, for people, with the way out.
     pub blockers: Vec<String>,
 }
 
@@ -87,11 +87,17 @@ fn look(path: &[String], start: &BytesStart<'_>, found: &mut Found) -> Result<()
     } else if is(path, &["domain", "devices", "filesystem"]) {
         let how = get(start, "type")?.unwrap_or_default();
         found.blockers.push(format!(
-            "a directory shared with the host ({how}; a hostPath or file system volume)"
+            "a directory shared with the host ({how}; a hostPath or file system volume), which stays \
+             there: use volumes that are copied or attached as disks"
         ));
-    } else if is(path, &["domain", "devices", "hostdev"]) {
+    } else if is(path, &["domain", "devices", "hostdev"])
+        || (is(path, &["domain", "devices", "interface"])
+            && get(start, "type")?.as_deref() == Some("hostdev"))
+    {
         let how = get(start, "type")?.unwrap_or_default();
-        found.blockers.push(format!("a device of the host ({how})"));
+        found.blockers.push(format!(
+            "a device of the host ({how}), which stays there: detach it first"
+        ));
     }
     Ok(())
 }
@@ -358,10 +364,39 @@ mod tests {
 
     #[test]
     fn what_stays_on_its_host_is_found() {
-        let xml =
-            "<domain><devices><filesystem type='mount'/><hostdev type='pci'/></devices></domain>";
-        let found = find(xml).expect("XML");
-        assert_eq!(found.blockers.len(), 2);
+        let blockers = |devices: &str| {
+            let xml = format!("<domain><devices>{devices}</devices></domain>");
+            find(&xml).expect("XML").blockers
+        };
+        let virtiofs =
+            "<filesystem type='mount'><driver type='virtiofs'/><source dir='/srv'/></filesystem>";
+        for (devices, words) in [
+            (virtiofs, "a directory shared with the host (mount"),
+            (
+                "<filesystem type='mount'/>",
+                "a directory shared with the host",
+            ),
+            (
+                "<hostdev mode='subsystem' type='pci'/>",
+                "a device of the host (pci)",
+            ),
+            (
+                "<hostdev mode='subsystem' type='usb'><x/></hostdev>",
+                "(usb)",
+            ),
+            ("<interface type='hostdev'><x/></interface>", "(hostdev)"),
+        ] {
+            let found = blockers(devices);
+            assert!(found.len() == 1 && found[0].contains(words), "{found:?}");
+        }
+        assert_eq!(
+            blockers(&format!("{virtiofs}<hostdev type='mdev'/>")).len(),
+            2
+        );
+        // By name alone they are none.
+        let named = "<disk><serial>hostdev</serial></disk><interface type='ethernet'><hostdev/></interface>";
+        assert!(blockers(named).is_empty());
+        assert!(find(SOURCE).expect("XML").blockers.is_empty());
         assert!(find("<domain><devices></domain>").is_err());
     }
 }

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::localhost::{self, Localhost};
@@ -77,7 +78,7 @@ pub struct Interface {
 }
 
 /// A route for the guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestRoute {
     /// CIDR; empty: the default route.
     pub destination: String,
@@ -104,6 +105,62 @@ pub struct NetworkPlan {
     pub routes: Vec<GuestRoute>,
     /// The way to the guest's localhost.
     pub localhost: Option<Localhost>,
+}
+
+/// Addresses and routes of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Held {
+    /// Each interface's name and addresses, in the order of the pod's links.
+    pub interfaces: Vec<(String, Vec<String>)>,
+    /// Its routes.
+    pub routes: Vec<GuestRoute>,
+}
+
+impl Held {
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.routes.is_empty() && self.interfaces.iter().all(|(_, held)| held.is_empty())
+    }
+
+    /// What a guest has when it was made by this plan and has `former` still.
+    pub fn of(plan: &NetworkPlan, former: &Self) -> Self {
+        let interfaces = plan.interfaces.iter().enumerate().map(|(at, interface)| {
+            let more = former.interfaces.get(at).map(|(_, more)| more.clone());
+            let all = [interface.addresses.clone(), more.unwrap_or_default()].concat();
+            (interface.name.clone(), all)
+        });
+        Self {
+            interfaces: interfaces.collect(),
+            routes: [plan.routes.clone(), former.routes.clone()].concat(),
+        }
+    }
+
+    /// What of it is not in the plan, by the plan's names of the interfaces.
+    #[must_use]
+    pub fn beyond(self, plan: &NetworkPlan) -> Self {
+        let names: Vec<String> = self
+            .interfaces
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect();
+        let renamed = |name: &str| {
+            let at = names.iter().position(|old| old == name)?;
+            Some(plan.interfaces.get(at)?.name.clone())
+        };
+        let routes = self.routes.into_iter().filter_map(|mut route| {
+            route.interface = renamed(&route.interface)?;
+            (!plan.routes.contains(&route)).then_some(route)
+        });
+        let interfaces = plan.interfaces.iter().zip(self.interfaces);
+        let interfaces = interfaces.map(|(own, (_, mut addresses))| {
+            addresses.retain(|address| !own.addresses.contains(address));
+            (own.name.clone(), addresses)
+        });
+        Self {
+            routes: routes.collect(),
+            interfaces: interfaces.collect(),
+        }
+    }
 }
 
 /// Why the pod's network cannot be taken over.
@@ -312,6 +369,41 @@ mod tests {
         assert_eq!(names, ["eth0", "net1"]);
         assert_ne!(plan.interfaces[0].tap, plan.interfaces[1].tap);
         assert!(plan.interfaces.iter().all(|i| i.tap.len() <= 15));
+    }
+
+    #[test]
+    fn what_only_the_source_had_is_what_goes() {
+        let at = |name: &str, ip: &str, gateway: &str| {
+            let links = [link(2, name)];
+            let routes = [route(2, None, Some(gateway))];
+            plan(MACHINE, &links, &[address(2, ip, 24)], &routes).expect("plan")
+        };
+        let none = Held::default();
+        let first = at("eth0", "10.1.0.2", "10.1.0.1");
+        let came = Held::of(&first, &none);
+        assert!(came.clone().beyond(&first).is_empty());
+
+        // On another node, under another name.
+        let second = at("net0", "10.1.0.9", "10.1.0.1");
+        let former = came.beyond(&second);
+        assert_eq!(
+            former.interfaces,
+            [("net0".into(), vec!["10.1.0.2/24".into()])]
+        );
+        assert_eq!(former.routes, [], "the gateway is the same");
+
+        // On again, before it went: both go; and back to where the first address is.
+        let came = Held::of(&second, &former);
+        let third = at("eth0", "10.2.0.2", "10.2.0.1");
+        let former = came.clone().beyond(&third);
+        let both = vec!["10.1.0.9/24".to_owned(), "10.1.0.2/24".into()];
+        assert_eq!(former.interfaces, [("eth0".into(), both)]);
+        assert_eq!(former.routes[0].gateway, "10.1.0.1");
+        let former = came.beyond(&first);
+        assert_eq!(
+            former.interfaces,
+            [("eth0".into(), vec!["10.1.0.9/24".into()])]
+        );
     }
 
     #[test]

@@ -33,7 +33,10 @@ impl TestPod {
             state_dir: dir.path().join("state"),
             cache_dir: dir.path().join("cache"),
             annotations: crate::config::AnnotationsConfig {
-                allow: vec!["dyad.dev/migration-source".into()],
+                allow: vec![
+                    "dyad.dev/migration-init-containers".into(),
+                    "dyad.dev/migration-source".into(),
+                ],
             },
             ..Config::default()
         };
@@ -95,6 +98,28 @@ impl TestPod {
             rootfs: Vec::new(),
             stdio: StdioUris::default(),
         }
+    }
+
+    /// What is to be created, with these annotations beside CRI's.
+    fn annotated(&self, id: &str, kind: &str, annotations: &[(&str, &str)]) -> CreateRequest {
+        let request = self.request(id, kind);
+        let config = request.bundle.join("config.json");
+        let mut text = std::fs::read_to_string(&config).unwrap();
+        for (name, value) in annotations {
+            let start = "\"annotations\":{";
+            text = text.replacen(start, &format!("{start}\"{name}\":\"{value}\","), 1);
+        }
+        std::fs::write(config, text).unwrap();
+        request
+    }
+
+    /// Makes it a pod that waits for its source.
+    async fn wait_for_source(&self, annotations: &[(&str, &str)]) {
+        let source = ("dyad.dev/migration-source", "u");
+        let annotations = [&[source], annotations].concat();
+        let request = self.annotated("pod", "sandbox", &annotations);
+        self.sandbox.create(request).await.unwrap();
+        self.sandbox.run(ProcessId::init("pod")).await.unwrap();
     }
 
     async fn create(&self, id: &str, kind: &str) -> Result<u32> {
@@ -1065,17 +1090,7 @@ async fn a_kill_cancels_the_migration_and_comes_through() {
 async fn a_target_waits_and_becomes_the_pod() {
     let mut pod = TestPod::new(Kind::Machine);
     let came = pod.fake.hold("receive");
-    let request = pod.request("pod", "sandbox");
-    let config = pod.bundle("pod").join("config.json");
-    let text = std::fs::read_to_string(&config).unwrap();
-    let text = text.replacen(
-        "\"annotations\":{",
-        "\"annotations\":{\"dyad.dev/migration-source\":\"u\",",
-        1,
-    );
-    std::fs::write(&config, text).unwrap();
-    pod.sandbox.create(request).await.unwrap();
-    pod.sandbox.run(ProcessId::init("pod")).await.unwrap();
+    pod.wait_for_source(&[]).await;
     pod.create("c", "container").await.unwrap();
     pod.sandbox.run(ProcessId::init("c")).await.unwrap();
     assert_eq!(pod.true_states().await, [State::Incoming, State::Incoming]);
@@ -1100,20 +1115,48 @@ async fn a_target_waits_and_becomes_the_pod() {
 }
 
 #[tokio::test]
+async fn an_init_container_of_a_target_ends_without_running() {
+    let mut pod = TestPod::new(Kind::Machine);
+    let _came = pod.fake.hold("receive");
+    pod.wait_for_source(&[("dyad.dev/migration-init-containers", "load")])
+        .await;
+    let named = |id, name| {
+        pod.annotated(
+            id,
+            "container",
+            &[("io.kubernetes.cri.container-name", name)],
+        )
+    };
+    for (id, name) in [("i", "load"), ("c", "app")] {
+        pod.sandbox.create(named(id, name)).await.unwrap();
+        pod.sandbox.run(ProcessId::init(id)).await.unwrap();
+    }
+    let exit = pod.sandbox.wait(ProcessId::init("i")).await.unwrap();
+    assert_eq!(exit.status, 0);
+    assert_eq!(
+        pod.true_states().await,
+        [State::Incoming, State::Exited(0), State::Incoming]
+    );
+    pod.sandbox.delete(ProcessId::init("i")).await.unwrap();
+    pod.expect_events(&[
+        "create pod",
+        "start pod",
+        "create i",
+        "start i",
+        "exit container i 0",
+        "create c",
+        "start c",
+        "delete i",
+    ])
+    .await;
+    assert!(!pod.fake.calls().contains(&"start i".to_owned()));
+}
+
+#[tokio::test]
 async fn a_target_whose_source_fails_has_failed() {
     let pod = TestPod::new(Kind::Machine);
     let came = pod.fake.hold("receive");
-    let request = pod.request("pod", "sandbox");
-    let config = pod.bundle("pod").join("config.json");
-    let text = std::fs::read_to_string(&config).unwrap();
-    let text = text.replacen(
-        "\"annotations\":{",
-        "\"annotations\":{\"dyad.dev/migration-source\":\"u\",",
-        1,
-    );
-    std::fs::write(&config, text).unwrap();
-    pod.sandbox.create(request).await.unwrap();
-    pod.sandbox.run(ProcessId::init("pod")).await.unwrap();
+    pod.wait_for_source(&[]).await;
     came.send(Err(Error::Unavailable("its source gave up".into(), None)))
         .unwrap();
     let exit = pod.sandbox.wait(ProcessId::init("pod")).await.unwrap();

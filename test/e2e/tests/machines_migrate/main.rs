@@ -6,8 +6,10 @@
 //! `DYAD_E2E_MIGRATIONS=long` adds what takes minutes; `DYAD_E2E_STEP` names a part of the
 //! steps to run.
 
+mod addresses;
 mod leftovers;
 mod limits;
+mod made;
 mod matrix;
 mod pod;
 mod refusals;
@@ -33,6 +35,9 @@ const STEPS: &[Step] = &steps![
     seamless::an_idle_machine_moves_without_a_seam,
     seamless::what_a_pod_has_goes_along,
     seamless::memory_that_changes_arrives_whole,
+    seamless::init_containers_have_done_their_work,
+    made::dyadctl_makes_the_target,
+    addresses::the_source_s_address_goes_after_its_time,
     refusals::what_forbids_it_is_told_before_anything_moves,
     refusals::a_target_that_does_not_fit_is_refused,
     limits::a_time_limit_gives_up_or_brings_it_to_an_end,
@@ -41,6 +46,7 @@ const STEPS: &[Step] = &steps![
 ];
 
 const LONG_STEPS: &[Step] = &steps![
+    limits::auto_converge_brings_it_to_an_end,
     matrix::who_dies_before_anything_moves,
     matrix::who_dies_while_memory_is_copied,
     matrix::who_dies_while_memory_is_fetched,

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use dyad_e2e::command::Done;
 use dyad_e2e::env::Env;
 use dyad_e2e::host::{cgroup_parent, remove_cgroup};
-use dyad_e2e::logs::Logs;
+use dyad_e2e::logs::{self, Logs};
 use dyad_e2e::wait::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid as Process;
@@ -52,6 +52,8 @@ pub struct Plan {
     cpus: Option<u64>,
     /// A ConfigMap's only key.
     config_map: Option<String>,
+    /// Init containers: name, image, script.
+    init: Vec<[String; 3]>,
 }
 
 impl Plan {
@@ -66,6 +68,7 @@ impl Plan {
             memory: None,
             cpus: None,
             config_map: None,
+            init: Vec::new(),
         }
     }
 
@@ -100,6 +103,12 @@ impl Plan {
         self
     }
 
+    /// One more container that ends before the next is made.
+    pub fn init(mut self, name: &str, image: &str, script: &str) -> Self {
+        self.init.push([name, image, script].map(str::to_owned));
+        self
+    }
+
     pub fn config_map(mut self, value: &str) -> Self {
         self.config_map = Some(value.into());
         self
@@ -125,6 +134,10 @@ impl<'a> Pod<'a> {
         let mut annotations = json!({"dyad.dev/disk": plan.disk});
         if let Some(source) = &plan.source {
             annotations["dyad.dev/migration-source"] = source.as_str().into();
+            if !plan.init.is_empty() {
+                let names: Vec<&str> = plan.init.iter().map(|[name, ..]| name.as_str()).collect();
+                annotations["dyad.dev/migration-init-containers"] = names.join(",").into();
+            }
         }
         let mut config = json!({
             "metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}")},
@@ -170,9 +183,61 @@ impl<'a> Pod<'a> {
             log: dir.join("app.log"),
             config,
         };
+        for [name, image, script] in &plan.init {
+            pod.run_to_end(name, image, script)?;
+        }
         pod.container = crictl.create(&pod.id, &container, &pod.config)?;
         crictl.start(&pod.container)?;
         Ok(pod)
+    }
+
+    /// The pod that `dyadctl` made for it on that node, where no other is. It has the same log.
+    pub fn made_on<'b>(&self, env: &'b Env) -> Result<Pod<'b>> {
+        let only = |found: Vec<String>| match <[String; 1]>::try_from(found) {
+            Ok([id]) => Ok(id),
+            Err(found) => bail!("not one, but {found:?}"),
+        };
+        let crictl = env.crictl();
+        Ok(Pod {
+            env,
+            id: only(crictl.pods()?)?,
+            container: only(crictl.containers()?)?,
+            config: self.config.clone(),
+            log: self.log.clone(),
+        })
+    }
+
+    /// Runs one more container until it ends with 0.
+    pub fn run_to_end(&self, name: &str, image: &str, script: &str) -> Result<()> {
+        let id = self.begin_one(name, image, script)?;
+        let crictl = self.env.crictl();
+        let code = until(SOON, &format!("container {name} to end"), || {
+            let status = crictl.status(&id)?;
+            Ok((status.state == "CONTAINER_EXITED").then_some(status.exit_code))
+        })?;
+        ensure!(code == 0, "container {name} ended with {code}");
+        Ok(())
+    }
+
+    /// Runs one more container.
+    pub fn begin_one(&self, name: &str, image: &str, script: &str) -> Result<String> {
+        let container = json!({
+            "metadata": {"name": name},
+            "image": {"image": image},
+            "command": ["/bin/sh", "-c", script],
+            "log_path": format!("{name}.log"),
+            "linux": {},
+        });
+        let crictl = self.env.crictl();
+        let id = crictl.create(&self.id, &container, &self.config)?;
+        crictl.start(&id)?;
+        Ok(id)
+    }
+
+    /// What that container wrote to stdout.
+    pub fn out_of(&self, name: &str) -> String {
+        let log = self.log.with_file_name(format!("{name}.log"));
+        Logs::parse(&fs::read(log).unwrap_or_default()).out()
     }
 
     /// One that counts.
@@ -221,6 +286,14 @@ impl<'a> Pod<'a> {
             .collect()
     }
 
+    /// For how long nothing was heard of it, from its last word here to its first over there.
+    pub fn silence_before(&self, target: &Self) -> Result<Duration> {
+        let times = |pod: &Self| logs::times(&fs::read(&pod.log).unwrap_or_default());
+        let (last, first) = (times(self).pop(), times(target).into_iter().next());
+        let seconds = first.context("no first word")? - last.context("no last word")?;
+        Ok(Duration::from_secs_f64(seconds.max(0.0)))
+    }
+
     pub fn counts_beyond(&self, least: u64) -> Result<u64> {
         until(
             SOON,
@@ -229,8 +302,11 @@ impl<'a> Pod<'a> {
         )
     }
 
-    /// It still counts.
+    /// It still counts, and is told as running.
     pub fn goes_on(&self) -> Result<()> {
+        until(SOON, &format!("{} to run", self.id), || {
+            Ok(self.is_running().then_some(()))
+        })?;
         let now = self.numbers()?.last().copied().unwrap_or_default();
         self.counts_beyond(now + 3).map(drop)
     }
@@ -270,6 +346,8 @@ impl<'a> Pod<'a> {
         let told = self.log.with_file_name(format!("migrate-{number}.log"));
         let file = fs::File::create(&told)?;
         let child = Command::new(self.env.program("dyadctl"))
+            // Where it looks for crictl.
+            .env("PATH", self.env.path())
             .arg("--state-dir")
             .arg(self.env.dir.join("dyad/run"))
             .args(["migrate", &self.id, "--to", uri])

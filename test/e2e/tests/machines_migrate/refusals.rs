@@ -88,7 +88,23 @@ pub fn a_target_that_does_not_fit_is_refused(nodes: &Nodes) -> Result<()> {
         say(n2, &machine, &with(&offer, key, &value)?)?;
         source.migrate(n2, &[])?.refused(&[words])?;
     }
+    let (other, told) = match offer.contains("tcg") {
+        true => ("\"kvm\"", "by Kvm"),
+        false => ("\"tcg\"", "by Tcg"),
+    };
+    say(n2, &machine, &with(&offer, "accelerator", other)?)?;
+    source.migrate(n2, &[])?.refused(&[told])?;
+    // Somebody else's definition.
+    n2.virsh(&["metadata", &machine, OFFER, "--config", "--remove"])?;
+    source.migrate(n2, &[])?.refused(&["waits for nobody"])?;
     say(n2, &machine, &offer)?;
+    // One that the source does not have.
+    let extra = target.begin_one("extra", "dyad.test/busybox:1", "sleep 1000")?;
+    source
+        .migrate(n2, &[])?
+        .refused(&["container extra of the target pod does not run here"])?;
+    // It is killed: nobody waits for it any more.
+    n2.crictl().stop(&extra, 0)?;
 
     // Without KVM, QEMU cannot move memory that was added.
     let grown = Pod::run(n1, &Plan::of(COUNT).memory(256, 128))?;

@@ -41,18 +41,20 @@ pub fn an_idle_machine_moves_without_a_seam(nodes: &Nodes) -> Result<()> {
     source.migrate(n2, &[])?.moved()?;
     target.goes_on()?;
     seamless(&[&source, &target])?;
+    // One word each 100 ms, and the switch.
+    eprintln!("  silent for {:?}", source.silence_before(&target)?);
     // The connection from before, to the address from before. Both counters began at about
     // the same time, so that what comes from here on was sent from there.
     let count = target.numbers()?.last().copied().unwrap_or_default();
     read(&mut lines, &mut next, count + 20)?;
+    // One connection at a time is served; the next is to the target pod's own address.
+    drop(lines);
+    connected(&target.ip()?)?;
     let exec = n2
         .crictl()
         .exec(&target.container, &["sh", "-c", "ip -4 addr; exit 7"])?;
     ensure!(exec.stderr.contains("exit code 7"), "{}", exec.stderr);
     ensure!(exec.text().contains(&target.ip()?), "{}", exec.text());
-    // One connection at a time is served; now at the target pod's own address.
-    drop(lines);
-    connected(&target.ip()?)?;
     ensure!(target.machine()? == machine, "the machine has another name");
     let code = source.ended()?;
     ensure!(code == 0, "exit code {code}");
@@ -131,6 +133,39 @@ pub fn what_a_pod_has_goes_along(nodes: &Nodes) -> Result<()> {
     // It can still be resized.
     target.resize(None, Some(1))?;
     ensure!(cpus(&target)? == 1, "not 1 CPU after an update");
+    Ok(())
+}
+
+/// As kubelet makes it: each after the one before has ended.
+pub fn init_containers_have_done_their_work(nodes: &Nodes) -> Result<()> {
+    let [n1, n2] = &nodes.nodes;
+    let (own, other) = ("dyad.test/busybox:1", "dyad.test/multi:1");
+    let plan = Plan::of(COUNT)
+        .init("load", other, "echo loaded")
+        .init("look", own, "echo looked");
+    let source = Pod::run(n1, &plan)?;
+    source.counts_beyond(3)?;
+    ensure!(
+        source.out_of("load") == "loaded\n",
+        "{}",
+        source.out_of("load")
+    );
+    let target = Pod::run(n2, &plan.from(&source.machine()?))?;
+    ensure!(target.state()?.contains("incoming"), "{}", target.state()?);
+    source.migrate(n2, &[])?.moved()?;
+    target.goes_on()?;
+    seamless(&[&source, &target])?;
+    for name in ["load", "look"] {
+        let out = target.out_of(name);
+        ensure!(out.is_empty(), "{name} has run on the target, too: {out}");
+    }
+    // What was unplugged there can be plugged in here.
+    target.run_to_end("late", other, "echo late")?;
+    ensure!(
+        target.out_of("late") == "late\n",
+        "{}",
+        target.out_of("late")
+    );
     Ok(())
 }
 
