@@ -27,6 +27,8 @@ use crate::storage::apply as storage;
 
 /// libvirt tells figures only when asked.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// libvirt needs half a minute to notice that a network is gone.
+const LOOK_AT_NETWORK_EVERY: Duration = Duration::from_secs(1);
 /// How long it may take until libvirt has an answer to where the machine runs.
 const SETTLE_WITHIN: Duration = Duration::from_secs(30);
 /// A machine that stands still on both sides for so long does not go on by itself.
@@ -88,7 +90,7 @@ impl Machine {
         if let Some(blocker) = emulation_blocker(self.accelerator, &here.qemu, plugged_mib) {
             return Err(refuse(blocker));
         }
-        let destination = Libvirt::new(&parameters.destination);
+        let destination = Libvirt::remote(&parameters.destination);
         let there = destination.state(uuid).await.map_err(|error| {
             let why = Error::from(error).chain();
             refuse(format!("destination {:?}: {why}", parameters.destination))
@@ -192,6 +194,7 @@ impl Machine {
                 // libvirt may wait over there for memory that is nowhere any more.
                 () = self.is_dead_here() => Err(Error::Unavailable("its QEMU has died".into(), None)),
                 never = self.observe_job(parameters, &ready.destination, &progress) => match never {},
+                never = self.break_off(&ready.destination) => match never {},
             }
         };
         progress.send_modify(|progress| progress.stage = Stage::Finishing);
@@ -378,6 +381,29 @@ impl Machine {
                 });
             }
             tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Ends QEMU's waiting for a network that is gone, which else lasts until TCP gives up (a
+    /// quarter of an hour): libvirt, which notices, waits for QEMU.
+    async fn break_off(&self, destination: &Libvirt) -> std::convert::Infallible {
+        let uuid = self.record.uuid;
+        let mut given_up: Option<Instant> = None;
+        loop {
+            tokio::time::sleep(LOOK_AT_NETWORK_EVERY).await;
+            let is_over = self.libvirt.job(uuid).await.is_ok_and(|job| job.given_up);
+            given_up = is_over.then(|| given_up.unwrap_or_else(Instant::now));
+            let hangs = given_up.is_some_and(|since| since.elapsed() > STANDSTILL);
+            // After the switch, what is here is still wanted there.
+            if (hangs || destination.state(uuid).await.is_err())
+                && !self.post_copy.load(Ordering::Relaxed)
+            {
+                match self.libvirt.break_streams(uuid).await {
+                    Ok(true) => info!("machine {uuid}: its migration's streams are broken off"),
+                    Ok(false) => {}
+                    Err(error) => warn!("{}", Error::from(error).chain()),
+                }
+            }
         }
     }
 
