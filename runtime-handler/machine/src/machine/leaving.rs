@@ -411,7 +411,7 @@ impl Machine {
     /// here goes on only when it cannot run there: never two.
     async fn settle(&self, destination: &Libvirt, done: bool) -> Whereabouts {
         let uuid = self.record.uuid;
-        let began = Instant::now();
+        let mut began = Instant::now();
         loop {
             let here = self.libvirt.state(uuid).await;
             match here {
@@ -425,8 +425,10 @@ impl Machine {
                     let in_halves = self.post_copy.load(Ordering::Relaxed)
                         && matches!(destination.is_in_post_copy(uuid).await, Ok(true));
                     match (here, there) {
-                        // What is still here goes there as long as it is here.
-                        (Observed::Paused, Ok(Observed::Running)) if in_halves => {}
+                        // What is still here goes there, or the other side ends it.
+                        (Observed::Paused, Ok(Observed::Running)) if in_halves => {
+                            began = Instant::now();
+                        }
                         (Observed::Off(ending), Ok(_))
                             if in_halves && ending != Ending::Migrated =>
                         {
@@ -484,6 +486,10 @@ impl Machine {
         self.moved.store(true, Ordering::Relaxed);
         self.power.send_replace(Power::Off(Some(Ending::Migrated)));
         self.hand_over(destination).await;
+        // Where its last word was lost, libvirt here keeps the definition.
+        if let Err(error) = self.libvirt.undefine(self.record.uuid).await {
+            warn!("{}", Error::from(error).chain());
+        }
         for (_, container) in self.living_containers() {
             container.stop_syncing();
         }
