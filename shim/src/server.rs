@@ -24,6 +24,8 @@ use crate::{logger, rpc};
 
 /// Events that are not out by then are lost with us.
 const FLUSH_MAX: Duration = Duration::from_millis(500);
+/// Blocking calls that nobody waits for any more get so long.
+const CALLS_END_WITHIN: Duration = Duration::from_secs(5);
 /// The server's socket for people and `dyadctl`, in the pod's state directory.
 const ADDRESS_FILE: &str = "address";
 
@@ -57,11 +59,14 @@ pub fn serve(bundle: &Path, backend: Backend) -> Result<()> {
     );
 
     let listener = listener_from_stdin()?;
-    tokio::runtime::Builder::new_current_thread()
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context(|| "start the async runtime".into())?
-        .block_on(run(launch, listener, backend))
+        .context(|| "start the async runtime".into())?;
+    let served = runtime.block_on(run(launch, listener, backend));
+    // A call to another host's libvirt waits for as long as TCP does.
+    runtime.shutdown_timeout(CALLS_END_WITHIN);
+    served
 }
 
 async fn run(launch: Launch, listener: UnixListener, backend: Backend) -> Result<()> {

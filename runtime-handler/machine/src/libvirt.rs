@@ -42,6 +42,12 @@ const RECONNECT_PATIENCE: Duration = Duration::from_secs(5);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
 /// The longest such pause.
 const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
+/// Another host that says nothing for six times so long is gone: libvirt's own defaults
+/// (`keepalive_interval`, `keepalive_count`), with which the two libvirts watch each other.
+const KEEPALIVE_S: i32 = 5;
+const KEEPALIVE_COUNT: u32 = 5;
+/// Longer than that; also for a connection that is being made.
+const REMOTE_ANSWERS_WITHIN: Duration = Duration::from_secs(35);
 
 /// A call to libvirt that failed.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +75,9 @@ pub enum LibvirtError {
     /// No such domain.
     #[error("domain {0}")]
     NoDomain(String),
+    /// Another host's libvirt does not answer.
+    #[error("libvirt at {0} has not answered for {limit} s", limit = REMOTE_ANSWERS_WITHIN.as_secs())]
+    Silent(String),
     /// The thread that made the call died.
     #[error("libvirt call ended early: {0}")]
     Aborted(String),
@@ -83,7 +92,7 @@ impl From<LibvirtError> for Error {
             }
             LibvirtError::NoDomain(_) => Self::NotFound(text),
             LibvirtError::Refused { source, .. } => Self::other(text, source),
-            LibvirtError::Aborted(_) => Self::Unavailable(text, None),
+            LibvirtError::Silent(_) | LibvirtError::Aborted(_) => Self::Unavailable(text, None),
         }
     }
 }
@@ -96,6 +105,8 @@ pub struct Libvirt {
 
 struct Shared {
     uri: String,
+    /// Another host's: it may vanish without a word.
+    remote: bool,
     state: Mutex<State>,
 }
 
@@ -142,11 +153,21 @@ fn version(number: u32) -> String {
 }
 
 impl Libvirt {
-    /// libvirt at `uri`; connects at the first call.
+    /// This host's libvirt at `uri`; connects at the first call.
     pub fn new(uri: impl Into<String>) -> Self {
+        Self::at(uri.into(), false)
+    }
+
+    /// Another host's. A call to it ends also when the network does not answer any more.
+    pub fn remote(uri: impl Into<String>) -> Self {
+        Self::at(uri.into(), true)
+    }
+
+    fn at(uri: String, remote: bool) -> Self {
         Self {
             shared: Arc::new(Shared {
-                uri: uri.into(),
+                uri,
+                remote,
                 state: Mutex::default(),
             }),
         }
@@ -426,9 +447,16 @@ impl Libvirt {
         body: impl FnMut(&Connect) -> Result<T, VirtError> + Send + 'static,
     ) -> Result<T, LibvirtError> {
         let shared = Arc::clone(&self.shared);
-        tokio::task::spawn_blocking(move || shared.call_blocking(what, uuid, body))
-            .await
-            .map_err(|error| LibvirtError::Aborted(error.to_string()))?
+        let called = tokio::task::spawn_blocking(move || shared.call_blocking(what, uuid, body));
+        let called = if self.shared.remote {
+            // Its thread ends when TCP gives the connection up.
+            tokio::time::timeout(REMOTE_ANSWERS_WITHIN, called)
+                .await
+                .map_err(|_| LibvirtError::Silent(self.shared.uri.clone()))?
+        } else {
+            called.await
+        };
+        called.map_err(|error| LibvirtError::Aborted(error.to_string()))?
     }
 }
 
@@ -496,6 +524,10 @@ impl Shared {
             .map(|open| Arc::new(Connection(open)))
             .map_err(unreachable)?;
         register_close(&connection.0, &Arc::downgrade(self)).map_err(unreachable)?;
+        if self.remote {
+            let keepalive = connection.0.set_keep_alive(KEEPALIVE_S, KEEPALIVE_COUNT);
+            keepalive.map_err(unreachable)?;
+        }
         if let Some(uuid) = watched {
             // Events first, then the state: what changes in between is seen twice, not never.
             match Domain::lookup_by_uuid(&connection.0, uuid) {

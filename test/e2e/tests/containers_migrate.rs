@@ -13,6 +13,8 @@ use dyad_e2e::logs::Logs;
 use dyad_e2e::nodes::Nodes;
 use dyad_e2e::pki;
 use dyad_e2e::wait::until;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid as Process;
 use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -147,8 +149,35 @@ impl<'a> Pod<'a> {
         })
     }
 
+    /// Waits until its container has ended, not with 0.
+    fn fails(&self) -> Result<()> {
+        let code = until(SOON, "the container to end", || {
+            let status = self.env.crictl().status(&self.container)?;
+            Ok((status.state == "CONTAINER_EXITED").then_some(status.exit_code))
+        })?;
+        if code == 0 {
+            bail!("it ended with 0");
+        }
+        Ok(())
+    }
+
+    fn kill_shim(&self) -> Result<()> {
+        for entry in fs::read_dir("/proc")?.flatten() {
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line);
+            if line.contains("containerd-shim-") && line.contains(&self.id) {
+                let pid = entry.file_name().to_string_lossy().parse()?;
+                return Ok(kill(Process::from_raw(pid), Signal::SIGKILL)?);
+            }
+        }
+        bail!("no shim of {}", self.id)
+    }
+
+    /// As kubelet does it: containerd may still be about the task of a shim that died.
     fn remove(&self) -> Result<()> {
-        self.env.crictl().rmp_force(&self.id)
+        until(SOON, "the pod to be removed", || {
+            self.env.crictl().rmp_force(&self.id).map(Some)
+        })
     }
 }
 
@@ -215,32 +244,18 @@ fn trial(nodes: &Nodes) -> Result<()> {
     target.remove()?;
     source.goes_on()?;
 
-    // Given up in the middle: 1 MiB/s for 16 MiB.
-    let target = Pod::run(two, "given-up", Some(&identity))?;
-    let to = target.socket(&identity)?;
-    let volume = source.dir.join("volumes/kubernetes.io~empty-dir/v/big");
-    fs::write(&volume, vec![1; 16 << 20])?;
-    let given_up = std::thread::scope(|scope| -> Result<_> {
-        let migrating = scope.spawn(|| migrate(&["--to", &to, "--bandwidth", "1"]));
-        let arrives = target.dir.join("volumes/kubernetes.io~empty-dir/v/big");
-        let cancelled = until(SOON, "files to arrive", || {
-            Ok(arrives.exists().then_some(()))
-        })
-        .and_then(|()| migrate(&["--cancel"])?.success("dyadctl migrate --cancel"));
-        let migrated = migrating.join().map_err(|_| anyhow!("a thread panicked"))?;
-        cancelled?;
-        migrated
-    })?;
-    if given_up.code() == 0 {
-        bail!(
-            "a migration that was given up succeeded: {}",
-            given_up.text()
-        );
+    for break_ in [Break::Cancel, Break::TimeOut, Break::TargetShim] {
+        broken(&source, two, break_).with_context(|| format!("{break_:?}"))?;
+        source.goes_on()?;
     }
-    source.goes_on()?;
-    same("lines of a target that failed", target.log()?.as_str(), "")?;
-    target.remove()?;
-    fs::remove_file(&volume)?;
+    let doomed = Pod::run(one, "doomed", None)?;
+    doomed.goes_on()?;
+    broken(&doomed, two, Break::SourceShim).context("SourceShim")?;
+    doomed.fails()?;
+    doomed.remove()?;
+    // Nobody knows any more whether it was given away.
+    let fences = || entries(&one.dir.join("dyad/lib/migrated"));
+    same("tombstones", fences(), 1)?;
 
     // It moves.
     let target = Pod::run(two, "web", Some(&identity))?;
@@ -275,7 +290,7 @@ fn trial(nodes: &Nodes) -> Result<()> {
         Ok((status.state == "CONTAINER_EXITED").then_some(status))
     })?;
     same("exit code", left.exit_code, 0)?;
-    same("tombstones", entries(&one.dir.join("dyad/lib/migrated")), 1)?;
+    same("tombstones", fences(), 2)?;
     let again = one.crictl().run(&["start", &source.container], b"")?;
     if again.code() == 0 {
         bail!("the source was started again");
@@ -291,6 +306,58 @@ fn trial(nodes: &Nodes) -> Result<()> {
     }
     crictl.stop(&target.container, 1)?;
     target.remove()
+}
+
+/// What breaks a migration in the middle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Break {
+    Cancel,
+    TimeOut,
+    TargetShim,
+    SourceShim,
+}
+
+/// Breaks one off while files are copied: its target fails, and has never run.
+fn broken(source: &Pod<'_>, two: &Env, break_: Break) -> Result<()> {
+    let identity = source.identity()?;
+    let target = Pod::run(two, &format!("{break_:?}").to_lowercase(), Some(&identity))?;
+    let to = target.socket(&identity)?;
+    // At 1 MiB/s.
+    let big = "volumes/kubernetes.io~empty-dir/v/big";
+    fs::write(source.dir.join(big), vec![1; 16 << 20])?;
+    let mut slowly = vec!["migrate", &source.id, "--to", &to, "--bandwidth", "1"];
+    if break_ == Break::TimeOut {
+        slowly.extend(["--max-time", "3s"]);
+    }
+    let migrated = std::thread::scope(|scope| -> Result<_> {
+        let migrating = scope.spawn(|| source.env.dyadctl(&slowly));
+        let arrives = target.dir.join(big);
+        let broke = until(SOON, "files to arrive", || {
+            Ok(arrives.exists().then_some(()))
+        })
+        .and_then(|()| match break_ {
+            Break::Cancel => {
+                let cancelled = source.env.dyadctl(&["migrate", &source.id, "--cancel"])?;
+                cancelled.success("dyadctl migrate --cancel").map(drop)
+            }
+            Break::TimeOut => Ok(()),
+            Break::TargetShim => target.kill_shim(),
+            Break::SourceShim => source.kill_shim(),
+        });
+        let migrated = migrating.join().map_err(|_| anyhow!("a thread panicked"))?;
+        broke.and(migrated)
+    })?;
+    if migrated.code() == 0 {
+        bail!("it succeeded: {}", migrated.text());
+    }
+    if break_ == Break::TimeOut {
+        contains(&migrated.stderr, "it took longer than 3000 ms")?;
+    }
+    target.fails()?;
+    same("lines of a target that failed", target.log()?.as_str(), "")?;
+    target.remove()?;
+    fs::remove_file(source.dir.join(big))?;
+    Ok(())
 }
 
 /// `dyadctl migrate --create-target` makes the target as the source was asked for, and

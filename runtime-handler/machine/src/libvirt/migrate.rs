@@ -4,6 +4,7 @@ use std::ffi::CStr;
 use std::ptr;
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use uuid::Uuid;
 use virt::domain::{Domain, MigrateParameters};
 use virt::error::{Error as VirtError, ErrorNumber};
@@ -41,6 +42,8 @@ pub struct Job {
 pub struct JobFigures {
     /// There is a job.
     pub active: bool,
+    /// It failed or was cancelled; libvirt may not be done with it.
+    pub given_up: bool,
     /// Copied.
     pub done: u64,
     /// To copy.
@@ -208,6 +211,23 @@ impl Libvirt {
         .await
     }
 
+    /// Closes QEMU's connections to the other QEMU: what waits for the network fails at once.
+    /// libvirt has no call for it, QEMU has (`yank`). Says whether there were any.
+    ///
+    /// # Errors
+    /// It does not run, or libvirt cannot be reached.
+    pub async fn break_streams(&self, uuid: Uuid) -> Result<bool, LibvirtError> {
+        self.on_domain("break off the migration of domain", uuid, |domain| {
+            let known = domain.qemu_monitor_command(r#"{"execute":"query-yank"}"#, 0)?;
+            let command = yank(&known);
+            if let Some(command) = &command {
+                domain.qemu_monitor_command(command, 0)?;
+            }
+            Ok(command.is_some())
+        })
+        .await
+    }
+
     /// Runs the domain over there now; the rest of its memory follows.
     ///
     /// # Errors
@@ -255,6 +275,23 @@ impl Libvirt {
         })
         .await
     }
+}
+
+/// Of what `query-yank` answered, the command that closes a migration's; `None`: there is none.
+fn yank(known: &str) -> Option<String> {
+    let known: Value = serde_json::from_str(known).ok()?;
+    let of_migration = |instance: &&Value| {
+        let node = instance["node-name"].as_str().unwrap_or_default();
+        // As libvirt calls the other side's disks.
+        instance["type"] == "migration" || node.starts_with("migration-")
+    };
+    let instances: Vec<&Value> = known["return"]
+        .as_array()?
+        .iter()
+        .filter(of_migration)
+        .collect();
+    let command = json!({"execute": "yank", "arguments": {"instances": instances}});
+    (!instances.is_empty()).then(|| command.to_string())
 }
 
 fn check(result: libc::c_int) -> Result<(), VirtError> {
@@ -322,6 +359,8 @@ fn job_figures(domain: &Domain, flags: u32) -> Result<JobFigures, VirtError> {
     let page = number(sys::VIR_DOMAIN_JOB_MEMORY_PAGE_SIZE).max(1);
     let figures = JobFigures {
         active: kind != sys::VIR_DOMAIN_JOB_NONE as libc::c_int,
+        given_up: [sys::VIR_DOMAIN_JOB_FAILED, sys::VIR_DOMAIN_JOB_CANCELLED]
+            .contains(&kind.cast_unsigned()),
         done: number(sys::VIR_DOMAIN_JOB_DATA_PROCESSED),
         total: number(sys::VIR_DOMAIN_JOB_DATA_TOTAL),
         remaining: number(sys::VIR_DOMAIN_JOB_DATA_REMAINING),
@@ -334,4 +373,28 @@ fn job_figures(domain: &Domain, flags: u32) -> Result<JobFigures, VirtError> {
     // SAFETY: allocated by libvirt, not used after this.
     unsafe { sys::virTypedParamsFree(parameters, count) };
     Ok(figures)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::yank;
+
+    #[test]
+    fn only_a_migration_s_connections_are_closed() {
+        // QEMU 10.0.2, while memory was copied.
+        let known = r#"{"return":[{"type":"chardev","id":"charmonitor"},
+            {"type":"chardev","id":"charchannel0"},{"type":"migration"},
+            {"node-name":"migration-vda-storage","type":"block-node"}],"id":"libvirt-802"}"#;
+        let command = yank(known).expect("a command");
+        assert!(command.contains("migration-vda-storage"), "{command}");
+        assert!(command.contains(r#"{"type":"migration"}"#), "{command}");
+        assert!(!command.contains("char"), "{command}");
+        for nothing in [
+            r#"{"return":[{"type":"chardev","id":"charmonitor"}]}"#,
+            r#"{"return":[]}"#,
+            "",
+        ] {
+            assert_eq!(yank(nothing), None, "{nothing}");
+        }
+    }
 }

@@ -36,6 +36,11 @@ const LOOK_WITHOUT_EVENT: Duration = Duration::from_secs(2);
 const QEMU_WITHIN: Duration = Duration::from_secs(120);
 /// The source's hand-over comes within milliseconds, or its shim is dead.
 const HANDOVER_WITHIN: Duration = Duration::from_secs(10);
+/// In post-copy, memory comes without a pause until all is here, or its source or the network is
+/// gone; QEMU would wait for ever. The source's libvirt has given up before that.
+const MEMORY_WITHIN: Duration = Duration::from_secs(40);
+/// How often that is looked at.
+const LOOK_FOR_MEMORY_EVERY: Duration = Duration::from_secs(1);
 /// The agent answers at once: it has been running all the time.
 const AGENT_WITHIN: Duration = Duration::from_secs(20);
 
@@ -216,6 +221,7 @@ impl Machine {
         debug!("machine {uuid}: wired after {:?}", began.elapsed());
         self.reaches(|state| *state == Arriving::Running).await?;
         info!("machine {uuid} runs here");
+        tokio::spawn(Self::bound_post_copy(Arc::downgrade(self), pid));
         *lock(&self.agent) = connect(&self.channel);
         self.power.send_replace(Power::On {
             pid,
@@ -239,6 +245,31 @@ impl Machine {
             pod: record.pod,
             processes,
         })
+    }
+
+    /// Ends a machine the rest of whose memory does not come any more.
+    async fn bound_post_copy(machine: Weak<Self>, pid: u32) {
+        let (mut resident, mut since) = (None, Instant::now());
+        while let Some(machine) = machine.upgrade() {
+            let uuid = machine.record.uuid;
+            if matches!(machine.libvirt.is_in_post_copy(uuid).await, Ok(false)) || machine.is_off()
+            {
+                return;
+            }
+            let now = resident_pages(pid);
+            if now != resident {
+                (resident, since) = (now, Instant::now());
+            }
+            if since.elapsed() > MEMORY_WITHIN {
+                warn!("machine {uuid}: the rest of its memory does not come: it is lost");
+                if let Err(error) = machine.libvirt.destroy(uuid).await {
+                    warn!("{}", Error::from(error).chain());
+                }
+                return;
+            }
+            drop(machine);
+            tokio::time::sleep(LOOK_FOR_MEMORY_EVERY).await;
+        }
     }
 
     /// Waits for the state, or for the end of all hope.
@@ -450,4 +481,10 @@ impl Machine {
         warn!("machine {uuid}: its source handed nothing over; output may be there twice");
         Vec::new()
     }
+}
+
+/// Of a process; they grow with every page that comes.
+fn resident_pages(pid: u32) -> Option<u64> {
+    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    statm.split(' ').nth(1)?.parse().ok()
 }

@@ -28,6 +28,8 @@ use crate::storage::apply as storage;
 
 /// libvirt tells figures only when asked.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// libvirt needs half a minute to notice that a network is gone.
+const LOOK_AT_NETWORK_EVERY: Duration = Duration::from_secs(1);
 /// How long it may take until libvirt has an answer to where the machine runs.
 const SETTLE_WITHIN: Duration = Duration::from_secs(30);
 /// A machine that stands still on both sides for so long does not go on by itself.
@@ -86,7 +88,7 @@ impl Machine {
         if let Some(blocker) = emulation_blocker(self.accelerator, &here.qemu, plugged_mib) {
             return Err(refuse(blocker));
         }
-        let destination = Libvirt::new(&parameters.destination);
+        let destination = Libvirt::remote(&parameters.destination);
         let there = destination.state(uuid).await.map_err(|error| {
             let why = Error::from(error).chain();
             refuse(format!("destination {:?}: {why}", parameters.destination))
@@ -192,6 +194,7 @@ impl Machine {
                         self.hand_over_at_once(&ready.destination),
                     )
                 } => match never {},
+                never = self.break_off(&ready.destination) => match never {},
             }
         };
         progress.send_modify(|progress| progress.stage = Stage::Finishing);
@@ -405,11 +408,34 @@ impl Machine {
         }
     }
 
+    /// Ends QEMU's waiting for a network that is gone, which else lasts until TCP gives up (a
+    /// quarter of an hour): libvirt, which notices, waits for QEMU.
+    async fn break_off(&self, destination: &Libvirt) -> std::convert::Infallible {
+        let uuid = self.record.uuid;
+        let mut given_up: Option<Instant> = None;
+        loop {
+            tokio::time::sleep(LOOK_AT_NETWORK_EVERY).await;
+            let is_over = self.libvirt.job(uuid).await.is_ok_and(|job| job.given_up);
+            given_up = is_over.then(|| given_up.unwrap_or_else(Instant::now));
+            let hangs = given_up.is_some_and(|since| since.elapsed() > STANDSTILL);
+            // After the switch, what is here is still wanted there.
+            if (hangs || destination.state(uuid).await.is_err())
+                && !self.post_copy.load(Ordering::Relaxed)
+            {
+                match self.libvirt.break_streams(uuid).await {
+                    Ok(true) => info!("machine {uuid}: its migration's streams are broken off"),
+                    Ok(false) => {}
+                    Err(error) => warn!("{}", Error::from(error).chain()),
+                }
+            }
+        }
+    }
+
     /// Finds out where the machine runs, from both libvirts. A machine that stands still
     /// here goes on only when it cannot run there: never two.
     async fn settle(&self, destination: &Libvirt, done: bool) -> Whereabouts {
         let uuid = self.record.uuid;
-        let began = Instant::now();
+        let mut began = Instant::now();
         loop {
             let here = self.libvirt.state(uuid).await;
             match here {
@@ -423,8 +449,10 @@ impl Machine {
                     let in_halves = self.post_copy.load(Ordering::Relaxed)
                         && matches!(destination.is_in_post_copy(uuid).await, Ok(true));
                     match (here, there) {
-                        // What is still here goes there as long as it is here.
-                        (Observed::Paused, Ok(Observed::Running)) if in_halves => {}
+                        // What is still here goes there, or the other side ends it.
+                        (Observed::Paused, Ok(Observed::Running)) if in_halves => {
+                            began = Instant::now();
+                        }
                         (Observed::Off(ending), Ok(_))
                             if in_halves && ending != Ending::Migrated =>
                         {
@@ -482,6 +510,10 @@ impl Machine {
         self.moved.store(true, Ordering::Relaxed);
         self.power.send_replace(Power::Off(Some(Ending::Migrated)));
         self.hand_over(destination).await;
+        // Where its last word was lost, libvirt here keeps the definition.
+        if let Err(error) = self.libvirt.undefine(self.record.uuid).await {
+            warn!("{}", Error::from(error).chain());
+        }
         for (_, container) in self.living_containers() {
             container.stop_syncing();
         }
