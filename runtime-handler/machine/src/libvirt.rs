@@ -876,9 +876,13 @@ mod tests {
             .stdin(std::process::Stdio::piped())
             .spawn()
             .expect("a shell");
+        let soon = Duration::from_millis(50);
+        // Its parent goes on a moment before its command line is told.
+        while !is_qemu(child.id(), uuid) {
+            tokio::time::sleep(soon).await;
+        }
         let ended = qemu_ended(child.id(), uuid);
         tokio::pin!(ended);
-        let soon = Duration::from_millis(50);
         assert!(tokio::time::timeout(soon, &mut ended).await.is_err());
         drop(child.stdin.take());
         ended.await.expect("ended");
