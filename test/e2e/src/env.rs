@@ -12,12 +12,13 @@ use nix::unistd::Pid;
 
 use crate::command::{self, Done};
 use crate::crictl::Crictl;
+use crate::host;
 use crate::wait::until;
 
 /// Go and Rust builds from cold caches come before the first environment is up.
 pub(crate) const UP_TIMEOUT: Duration = Duration::from_secs(40 * 60);
 const DOWN_TIMEOUT: Duration = Duration::from_secs(180);
-const ASK_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const ASK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A containerd minor version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -250,6 +251,39 @@ impl Env {
         ))
     }
 
+    /// A power cut and the next start: all that runs here is killed at once, what is in memory
+    /// on a host goes, and the daemons start anew. Namespaces and cgroups stay.
+    ///
+    /// # Errors
+    /// Something does not die, or a daemon did not come up.
+    pub fn restart_node(&self) -> Result<()> {
+        let node = self.daemon("node")?;
+        until(ASK_TIMEOUT, "every process to be gone", || {
+            // The first to be killed may have started others.
+            let left = host::processes(&self.dir).into_iter().map(|(pid, _)| pid);
+            let left: Vec<Pid> = left.filter(|pid| runs(*pid)).collect();
+            let left = left.into_iter().filter(|pid| !keeps(*pid, node));
+            let mut none = true;
+            for pid in left {
+                none = false;
+                // It may have ended with another.
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+            Ok(none.then_some(()))
+        })?;
+        let forget = "for dir; do \
+             awk -v dir=\"$dir/\" 'index($5, dir) == 1 { print $5 }' /proc/self/mountinfo | sort -r | xargs -r umount -l; \
+             find \"$dir\" -mindepth 1 -delete; done";
+        let in_memory = ["dyad/run", "containerd/state", "libvirt/run"];
+        let mut shell = Command::new("nsenter");
+        shell
+            .args(["--target", &node.to_string(), "--mount", "--"])
+            .args(["sh", "-ec", forget, "sh"])
+            .args(in_memory.map(|folder| self.dir.join(folder)));
+        command::run(&mut shell, b"", ASK_TIMEOUT)?.success("empty what is in memory")?;
+        self.refresh(Build::AsIs)
+    }
+
     /// `kill -9` of `containerd` or `libvirtd`, and a new one in its place.
     ///
     /// # Errors
@@ -331,6 +365,13 @@ fn consoles(dir: &Path) -> Vec<PathBuf> {
         }
     }
     found
+}
+
+/// Whether the process is the one that keeps a node's namespaces, or its parent.
+fn keeps(pid: Pid, node: Pid) -> bool {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let node = node.to_string();
+    pid.to_string() == node || children.is_ok_and(|all| all.split(' ').any(|pid| pid == node))
 }
 
 /// Whether the process runs (a zombie does not).

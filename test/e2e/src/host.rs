@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
+use nix::unistd::Pid;
 
 use crate::wait::until;
 
@@ -56,7 +57,8 @@ impl Snapshot {
     fn with(dir: &Path, mut known: Known) -> Self {
         known.update(dir);
         let mut lines = BTreeSet::new();
-        lines.extend(processes(dir));
+        let processes = processes(dir).into_iter();
+        lines.extend(processes.map(|(pid, command)| format!("process {pid} {command}")));
         lines.extend(mounts(dir));
         lines.extend(links(&known.network));
         lines.extend(cgroups(dir, &known.machines));
@@ -105,18 +107,17 @@ impl Snapshot {
     }
 }
 
-/// `pid command line` of each of the environment's processes.
-fn processes(dir: &Path) -> Vec<String> {
+/// The environment's processes, with their command lines.
+pub(crate) fn processes(dir: &Path) -> Vec<(Pid, String)> {
     let dir = dir.to_string_lossy();
     let (mark, inside) = (format!("DYAD_ENVIRONMENT={dir}"), format!("{dir}/"));
     let mut found = Vec::new();
     for folder in entries("/proc") {
-        let pid = folder
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        if !pid.bytes().all(|byte| byte.is_ascii_digit()) || pid == std::process::id().to_string() {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        let Ok(pid) = name.parse().map(Pid::from_raw) else {
+            continue;
+        };
+        if pid == Pid::this() {
             continue;
         }
         let read = |name: &str| {
@@ -136,7 +137,7 @@ fn processes(dir: &Path) -> Vec<String> {
             || read("environ").split(' ').any(|entry| entry == mark)
             || root_is_inside()
         {
-            found.push(format!("process {pid} {command}"));
+            found.push((pid, command));
         }
     }
     found

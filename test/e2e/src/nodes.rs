@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use crate::command;
-use crate::env::{Build, Env, UP_TIMEOUT, Version, repository};
+use crate::env::{ASK_TIMEOUT, Build, Env, UP_TIMEOUT, Version, repository};
 use crate::host::remove_cgroup_parent;
 
 /// Two environments on one L2, each in namespaces of its own; down when dropped, except
@@ -62,12 +62,43 @@ impl Nodes {
         Ok(format!("{}.{}", subnet.trim(), node + 1))
     }
 
+    /// Takes the cable between them away until what it gives is dropped.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn cut(&self) -> Result<Cut<'_>> {
+        let cut = Cut(self);
+        self.cable("down")?;
+        Ok(cut)
+    }
+
+    fn cable(&self, end: &str) -> Result<()> {
+        let mut ip = Command::new("nsenter");
+        ip.arg("--target")
+            .arg(self.nodes[1].daemon("node")?.to_string())
+            .args(["--net", "--", "ip", "link", "set", "up0", end]);
+        command::run(&mut ip, b"", ASK_TIMEOUT)?.success("ip link set up0")?;
+        Ok(())
+    }
+
     fn hack(&self, name: &str, options: impl FnOnce(&mut Command)) -> Result<()> {
         let mut program = Command::new(repository().join("hack").join(name));
         program.arg("--dir").arg(&self.dir);
         options(&mut program);
         command::run(&mut program, b"", UP_TIMEOUT)?.success(&format!("hack/{name}"))?;
         Ok(())
+    }
+}
+
+/// Nothing passes between the nodes; the cable is back when this is dropped.
+#[derive(Debug)]
+pub struct Cut<'a>(&'a Nodes);
+
+impl Drop for Cut<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.cable("up") {
+            eprintln!("{error:#}");
+        }
     }
 }
 

@@ -224,6 +224,9 @@ impl Machine {
                 Ok(Sent::Moved)
             }
             Whereabouts::Nowhere(why) => {
+                if let Ok(Observed::Off(ending)) = self.libvirt.state(uuid).await {
+                    self.ended(ending);
+                }
                 let reason = moved.err().map_or_else(String::new, |error| error.chain());
                 Ok(Sent::Lost(format!("{why}; libvirt: {reason}")))
             }

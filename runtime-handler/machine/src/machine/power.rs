@@ -44,8 +44,9 @@ impl Machine {
                 continue;
             }
             match change {
-                // Its end here is a step of the migration, which says what it comes to.
-                Change::Stopped(Ending::Migrated) if machine.leaves() => {}
+                // Its end here may be a step of the migration, which says what it comes to. A
+                // libvirtd that died meanwhile finds QEMU gone, and calls that a crash.
+                Change::Stopped(_) if machine.leaves() => {}
                 Change::Started => starting = true,
                 Change::Resumed if starting => starting = false,
                 Change::Suspended if starting => {}
@@ -126,7 +127,7 @@ impl Machine {
         }
     }
 
-    fn ended(&self, ending: Ending) {
+    pub(super) fn ended(&self, ending: Ending) {
         let status = match (*lock(&self.ended_by), ending) {
             (Some(signal), _) => 128 + signal.unsigned_abs(),
             _ => ending.status(),

@@ -1,11 +1,15 @@
 //! What pods that moved, or did not, leave behind: fences, converted images, nothing else.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use dyad_e2e::host::Snapshot;
 use dyad_e2e::nodes::Nodes;
 use dyad_e2e::wait::until;
+
+use crate::matrix::must_not_run_again;
+use crate::pod::Pod;
 
 /// libvirt and containerd remove a few things a moment after they answered.
 const SETTLE: Duration = Duration::from_secs(30);
@@ -38,6 +42,28 @@ impl Leftovers {
         }
         Ok(())
     }
+}
+
+/// Neither the pod that left nor another of its UID runs where it was, after all of the node's
+/// memory is gone.
+pub fn the_fence_outlives_a_restart_of_the_node(nodes: &Nodes) -> Result<()> {
+    let [n1, n2] = &nodes.nodes;
+    let source = Pod::counting(n1)?;
+    let machine = source.machine()?;
+    let target = Pod::waiting(n2, &machine)?;
+    source.migrate(n2, &[])?.moved()?;
+    n1.restart_node()?;
+    if n1.crictl().start(&source.container).is_ok() {
+        bail!("the source's container was started again");
+    }
+    must_not_run_again(&source)?;
+    target.goes_on()?;
+    // Containerd asks no shim to delete what was there before the restart: it leaves its own
+    // folder, and the machine's record and console log.
+    let task = "containerd/root/io.containerd.runtime.v2.task/k8s.io";
+    fs::remove_dir_all(n1.dir.join(task).join(&source.id))?;
+    fs::remove_dir_all(n1.dir.join("dyad/lib/machines").join(machine))?;
+    Ok(())
 }
 
 fn is_meant_to_stay(line: &str) -> bool {

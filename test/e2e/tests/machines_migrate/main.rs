@@ -50,6 +50,9 @@ const LONG_STEPS: &[Step] = &steps![
     matrix::who_dies_before_anything_moves,
     matrix::who_dies_while_memory_is_copied,
     matrix::who_dies_while_memory_is_fetched,
+    matrix::who_dies_after_the_switch,
+    matrix::the_network_breaks_off_in_each_phase,
+    leftovers::the_fence_outlives_a_restart_of_the_node,
 ];
 
 #[test]

@@ -340,7 +340,7 @@ impl<'a> Pod<'a> {
         self.begin_to(&to.libvirt_uri(), options)
     }
 
-    fn begin_to(&self, uri: &str, options: &[&str]) -> Result<Migration> {
+    pub fn begin_to(&self, uri: &str, options: &[&str]) -> Result<Migration> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let told = self.log.with_file_name(format!("migrate-{number}.log"));
@@ -369,7 +369,11 @@ impl<'a> Pod<'a> {
 
     /// Begins one that takes long, and waits until it copies memory that slowly.
     pub fn begin_slowly(&self, to: &Env, options: &[&str]) -> Result<Migration> {
-        let migration = self.begin(to, &[&["--bandwidth", "2"], options].concat())?;
+        self.begin_slowly_to(&to.libvirt_uri(), options)
+    }
+
+    pub fn begin_slowly_to(&self, uri: &str, options: &[&str]) -> Result<Migration> {
+        let migration = self.begin_to(uri, &[&["--bandwidth", "2"], options].concat())?;
         let machine = self.machine()?;
         until(SOON, "the migration to copy memory slowly", || {
             // While disks are copied it is another, for their holes.
