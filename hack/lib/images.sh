@@ -135,11 +135,12 @@ oci_architecture() {
     esac
 }
 
-# import_images DIR: into the environment's containerd, where they are missing.
+# import_images DIR: into the environment's containerd, where they are missing; DIR/images is where they are from.
 import_images() {
     local dir=$1 folder there tar
     local ctr=(env CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 "$dir/bin/ctr" --address "$dir/containerd/containerd.sock" -n k8s.io)
     folder=$(test_images)
+    ln -sfn "$folder" "$dir/images"
     there=$("${ctr[@]}" images ls -q)
     for tar in "$folder"/*.tar; do
         if ! grep -qx "dyad.test/$(basename "$tar" .tar):1" <<<"$there"; then
