@@ -27,23 +27,26 @@ pub async fn run(fleet: &Fleet, word: &Word, options: &Options) -> Result<()> {
     let client = connect(place, options.ask_timeout()).await?;
     let (writer, mut reader) = client.console().await?;
     let terminal = io::stdin().is_terminal();
-    if terminal {
-        let label = named.pod.label();
-        eprintln!(
-            "dyadctl: the console of {}; ctrl-] leaves",
-            printable(&label)
-        );
-    }
     let ended = {
+        // First: from the moment that the terminal is raw, a signal must find us listening.
+        let from_outside = ended_from_outside()?;
         let raw = if terminal {
-            Some(Raw::begin().map_err(|error| Error::failed("make the terminal raw", error))?)
+            let raw =
+                Raw::begin().map_err(|error| Error::failed("make the terminal raw", error))?;
+            // From here on every key is the machine's.
+            let label = named.pod.label();
+            eprint!(
+                "dyadctl: the console of {}; ctrl-] leaves\r\n",
+                printable(&label)
+            );
+            Some(raw)
         } else {
             None
         };
         let ended = tokio::select! {
             result = output(&mut reader) => result.map(|()| "the console has ended"),
             result = input(&writer, typed(terminal), terminal) => result.map(|()| "left the console"),
-            number = ended_from_outside() => Err(Error::Signal(number?)),
+            number = from_outside => Err(Error::Signal(number)),
         };
         drop(raw);
         ended
@@ -133,21 +136,23 @@ fn typed(terminal: bool) -> mpsc::Receiver<Vec<u8>> {
     receiver
 }
 
-/// The signal that asks us to end.
-async fn ended_from_outside() -> Result<i32> {
+/// Listens from now on; then, the signal that asks us to end.
+fn ended_from_outside() -> Result<impl Future<Output = i32>> {
     let of =
         |kind: SignalKind| signal(kind).map_err(|error| Error::failed("wait for signals", error));
     let mut terminate = of(SignalKind::terminate())?;
     let mut hangup = of(SignalKind::hangup())?;
     let mut interrupt = of(SignalKind::interrupt())?;
     let mut quit = of(SignalKind::quit())?;
-    let kind = tokio::select! {
-        _ = terminate.recv() => SignalKind::terminate(),
-        _ = hangup.recv() => SignalKind::hangup(),
-        _ = interrupt.recv() => SignalKind::interrupt(),
-        _ = quit.recv() => SignalKind::quit(),
-    };
-    Ok(kind.as_raw_value())
+    Ok(async move {
+        let kind = tokio::select! {
+            _ = terminate.recv() => SignalKind::terminate(),
+            _ = hangup.recv() => SignalKind::hangup(),
+            _ = interrupt.recv() => SignalKind::interrupt(),
+            _ = quit.recv() => SignalKind::quit(),
+        };
+        kind.as_raw_value()
+    })
 }
 
 #[cfg(test)]
