@@ -128,9 +128,10 @@ disabled_plugins = [
 [grpc]
   address = "$dir/containerd/containerd.sock"
 
-# Snapshots go soon after their containers: by default a collection that took 0.5 s, on a busy host, is followed by none
-# for 25 s.
+# Snapshots go with their containers: by default they wait for a hundred changes of anything, and for 49 times as long
+# as the last collection took.
 [plugins."io.containerd.gc.v1.scheduler"]
+  deletion_threshold = 1
   pause_threshold = 0.5
 
 [plugins."io.containerd.internal.v1.opt"]
