@@ -128,12 +128,6 @@ disabled_plugins = [
 [grpc]
   address = "$dir/containerd/containerd.sock"
 
-# Snapshots go with their containers: by default they wait for a hundred changes of anything, and for 49 times as long
-# as the last collection took.
-[plugins."io.containerd.gc.v1.scheduler"]
-  deletion_threshold = 1
-  pause_threshold = 0.5
-
 [plugins."io.containerd.internal.v1.opt"]
   path = "$dir/containerd/opt"
 TOML
