@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use dyad_e2e::host::Snapshot;
 use dyad_e2e::nodes::Nodes;
 use dyad_e2e::wait::until;
@@ -58,11 +58,20 @@ pub fn the_fence_outlives_a_restart_of_the_node(nodes: &Nodes) -> Result<()> {
     }
     must_not_run_again(&source)?;
     target.goes_on()?;
-    // Containerd asks no shim to delete what was there before the restart: it leaves its own
-    // folder, and the machine's record and console log.
-    let task = "containerd/root/io.containerd.runtime.v2.task/k8s.io";
-    fs::remove_dir_all(n1.dir.join(task).join(&source.id))?;
-    fs::remove_dir_all(n1.dir.join("dyad/lib/machines").join(machine))?;
+    // What was there before the restart may stay: containerd's own folder, and, where it asked
+    // no shim to delete the pod, the machine's record and console log.
+    for (folder, name) in [
+        (
+            "containerd/root/io.containerd.runtime.v2.task/k8s.io",
+            &source.id,
+        ),
+        ("dyad/lib/machines", &machine),
+    ] {
+        let left = n1.dir.join(folder).join(name);
+        if left.exists() {
+            fs::remove_dir_all(&left).with_context(|| left.display().to_string())?;
+        }
+    }
     Ok(())
 }
 
