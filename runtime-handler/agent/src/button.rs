@@ -11,12 +11,10 @@ use dyad_runtime_handler::{Error, Result, error::Context};
 use tokio::sync::mpsc;
 
 use crate::guest::Agent;
-use crate::{power, uevent};
+use crate::power;
 
 /// Nobody says with the button how long the processes may take: Kubernetes' own default.
 const GRACE: Duration = Duration::from_secs(30);
-/// How long the button's device may take, once its drivers are loaded.
-const APPEARS_WITHIN: Duration = Duration::from_secs(10);
 /// The kernel's name for it (drivers/acpi/button.c).
 const NAME: &str = "Power Button";
 
@@ -28,28 +26,22 @@ const KEY: u16 = 1;
 const POWER: u16 = 116;
 
 /// Shuts the machine down when the button is pressed.
-pub fn watch(agent: Arc<Agent>) {
-    tokio::spawn(async move {
-        agent.modules_loaded().await;
-        match presses().await {
-            Ok(mut presses) => {
-                if presses.recv().await.is_some() {
-                    log::info!("the power button is pressed");
-                    power::shut_down(agent, power::Kind::Off, GRACE).await;
-                }
-            }
-            Err(error) => log::warn!("{}", error.chain()),
-        }
-    });
+pub async fn obey(agent: Arc<Agent>, mut presses: mpsc::Receiver<()>) {
+    if presses.recv().await.is_some() {
+        log::info!("the power button is pressed");
+        power::shut_down(agent, power::Kind::Off, GRACE).await;
+    }
 }
 
-async fn presses() -> Result<mpsc::Receiver<()>> {
-    let node = uevent::wait_for("the power button", APPEARS_WITHIN, || {
-        Ok(find(Path::new("/sys/class/input")).filter(|node| node.exists()))
-    })
-    .await?;
+/// Tells `presses` of the first press from now on; its drivers are loaded. A press that came
+/// before is lost, as the kernel clears it.
+///
+/// # Errors
+/// There is no such button, or its device cannot be read.
+pub fn listen(presses: mpsc::Sender<()>) -> Result<()> {
+    let node = find(Path::new("/sys/class/input"))
+        .ok_or_else(|| Error::NotFound(format!("no input device is a {NAME:?}")))?;
     let mut device = File::open(&node).context(|| format!("open {}", node.display()))?;
-    let (tell, told) = mpsc::channel(1);
     // evdev blocks; this thread lives as long as the machine.
     std::thread::Builder::new()
         .name("power-button".into())
@@ -57,13 +49,13 @@ async fn presses() -> Result<mpsc::Receiver<()>> {
             let mut event = [0; EVENT_BYTES];
             while device.read_exact(&mut event).is_ok() {
                 if is_press(&event) {
-                    let _ = tell.blocking_send(());
+                    let _ = presses.blocking_send(());
                     return;
                 }
             }
         })
         .map_err(|error| Error::other("watch the power button", error))?;
-    Ok(told)
+    Ok(())
 }
 
 /// The node of the button's event device.

@@ -14,9 +14,9 @@ use dyad_agent_api::proto::agent_ttrpc::create_sandbox;
 use dyad_agent_api::task_api::shim_async::create_task;
 use dyad_runtime_handler::reaper::Reaper;
 use dyad_runtime_handler::{Error, Result, error::Context};
-use nix::errno::Errno;
 use nix::unistd::Pid;
-use tokio::sync::watch;
+use rustix::process::setpriority_process;
+use tokio::sync::{mpsc, watch};
 
 use crate::cmdline::{Channel, Cmdline};
 use crate::oom::Events;
@@ -27,6 +27,8 @@ use crate::{boot, button, disk, logger, modules, power, uevent};
 
 /// How long the host's channel may take to appear.
 const CHANNEL_WITHIN: Duration = Duration::from_secs(30);
+/// The nice value that leaves the processor to everybody else.
+const LAST: i32 = 19;
 
 /// What every service of the agent shares.
 pub struct Agent {
@@ -50,7 +52,7 @@ enum Modules {
     Channel,
     /// Disks, file systems and network cards work.
     Pod,
-    /// None is left to load.
+    /// None is left to load, and the power button is heard.
     All,
 }
 
@@ -70,7 +72,7 @@ impl Agent {
         self.loaded(Modules::Pod).await;
     }
 
-    /// Waits until every kernel module is in.
+    /// Waits until every kernel module is in, and the power button is heard.
     pub async fn modules_loaded(&self) {
         self.loaded(Modules::All).await;
     }
@@ -111,7 +113,8 @@ async fn serve(cmdline: &Cmdline) -> Result<()> {
     let boot_id = boot::boot_id()?;
     let reaper = Reaper::start().context(|| "start the reaper".into())?;
     let events = Events::start()?;
-    let modules = load_modules();
+    let (pressed, presses) = mpsc::channel(1);
+    let modules = load_modules(pressed);
     let agent = Arc::new(Agent {
         link: OnceLock::new(),
         reaper,
@@ -125,7 +128,7 @@ async fn serve(cmdline: &Cmdline) -> Result<()> {
         Arc::clone(&agent),
         boot_id.clone(),
     ))));
-    button::watch(Arc::clone(&agent));
+    tokio::spawn(button::obey(Arc::clone(&agent), presses));
     let link = Link::new(services, boot_id);
     let link = agent.link.get_or_init(|| link);
     match cmdline.channel {
@@ -194,8 +197,9 @@ async fn serve_vsock(link: &Link) -> Result<()> {
 }
 
 /// Loads the channel's modules at once, so that the host gets its answer, and the rest on
-/// a thread of their own: what a pod waits for, then, behind all other work, what it does not.
-fn load_modules() -> watch::Receiver<Modules> {
+/// a thread of their own: what a pod waits for, then, behind all other work, what only its
+/// first container does.
+fn load_modules(button: mpsc::Sender<()>) -> watch::Receiver<Modules> {
     let list = fs::read_to_string(modules::LIST).unwrap_or_default();
     let mut channel = modules::parse(&list);
     let mut pod = split_after(&mut channel, "virtio_console");
@@ -209,10 +213,14 @@ fn load_modules() -> watch::Receiver<Modules> {
         load_present(&pod, &present);
         disk::scan_controllers();
         reached.send_replace(Modules::Pod);
-        if let Err(error) = yield_to_others() {
+        // The calling thread only: it gets the processor when nobody else wants it.
+        if let Err(error) = setpriority_process(None, LAST) {
             log::warn!("load modules beside other work: {error}");
         }
         load_present(&rest, &present);
+        if let Err(error) = button::listen(button) {
+            log::warn!("{}", error.chain());
+        }
         log::debug!("modules are loaded");
         reached.send_replace(Modules::All);
     };
@@ -231,12 +239,6 @@ fn split_after(list: &mut Vec<PathBuf>, name: &str) -> Vec<PathBuf> {
         .iter()
         .position(|module| modules::is_named(module, name));
     list.split_off(at.map_or(0, |at| at + 1))
-}
-
-/// The calling thread gets the processor when nobody else wants it.
-fn yield_to_others() -> nix::Result<()> {
-    // SAFETY: a plain system call; 0 is the calling thread.
-    Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) }).map(drop)
 }
 
 fn load_present(list: &[PathBuf], present: &HashSet<u32>) {

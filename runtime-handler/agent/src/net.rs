@@ -11,6 +11,7 @@ use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder, new_connection};
+use tokio::task::JoinSet;
 
 use crate::uevent;
 
@@ -69,30 +70,24 @@ pub async fn set_up(
     }
     let routes = plan(routes)?;
     let neighbour = localhost.map(plan_localhost).transpose()?;
-    let (connection, handle, _) = new_connection().context(|| "open rtnetlink".into())?;
-    let driver = tokio::spawn(connection);
-    let done = async {
-        let up = LinkUnspec::new_with_name("lo").up().build();
-        handle
-            .link()
-            .set(up)
-            .execute()
-            .await
-            .context(|| "bring up lo".into())?;
-        for interface in interfaces {
-            set_up_interface(&handle, interface).await?;
-        }
-        for route in &routes {
-            add_route(&handle, route).await?;
-        }
-        match &neighbour {
-            Some(neighbour) => admit(&handle, neighbour).await,
-            None => Ok(()),
-        }
-    };
-    let done = done.await;
-    driver.abort();
-    done
+    let (handle, _driver) = open_rtnetlink()?;
+    let up = LinkUnspec::new_with_name("lo").up().build();
+    handle
+        .link()
+        .set(up)
+        .execute()
+        .await
+        .context(|| "bring up lo".into())?;
+    for interface in interfaces {
+        set_up_interface(&handle, interface).await?;
+    }
+    for route in &routes {
+        add_route(&handle, route).await?;
+    }
+    match &neighbour {
+        Some(neighbour) => admit(&handle, neighbour).await,
+        None => Ok(()),
+    }
 }
 
 /// Takes addresses and routes away, where they are. An interface's other addresses stay.
@@ -116,21 +111,23 @@ pub async fn take_away(interfaces: &[Interface], routes: &[Route]) -> Result<()>
     if addresses.is_empty() && routes.is_empty() {
         return Ok(());
     }
+    let (handle, _driver) = open_rtnetlink()?;
+    // Those through gateways first.
+    for route in routes.iter().rev() {
+        remove_route(&handle, route).await?;
+    }
+    for (name, cidr) in addresses {
+        remove_address(&handle, name, cidr).await?;
+    }
+    Ok(())
+}
+
+/// A handle, and the task that drives its connection: it ends when it is dropped.
+fn open_rtnetlink() -> Result<(Handle, JoinSet<()>)> {
     let (connection, handle, _) = new_connection().context(|| "open rtnetlink".into())?;
-    let driver = tokio::spawn(connection);
-    let done = async {
-        // Those through gateways first.
-        for route in routes.iter().rev() {
-            remove_route(&handle, route).await?;
-        }
-        for (name, cidr) in addresses {
-            remove_address(&handle, name, cidr).await?;
-        }
-        Ok(())
-    };
-    let done = done.await;
-    driver.abort();
-    done
+    let mut driver = JoinSet::new();
+    driver.spawn(connection);
+    Ok((handle, driver))
 }
 
 async fn remove_route(handle: &Handle, route: &Plan<'_>) -> Result<()> {

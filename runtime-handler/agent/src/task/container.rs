@@ -487,7 +487,9 @@ impl Draft {
         let options = decode_options(request)?;
         spec::check_filter(&options.seccomp_filter, options.seccomp_flags)?;
         let spec = spec::parse(&options.spec_json)?;
-        agent.drivers_loaded().await;
+        // Also what tells the host of a panic and hears the power button: what runs can be
+        // shut down.
+        agent.modules_loaded().await;
         let devices = find_devices(&options.devices).await?;
         let place = Place {
             rootfs: &self.rootfs.target,

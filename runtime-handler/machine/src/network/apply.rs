@@ -21,6 +21,7 @@ use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use tokio::task::JoinSet;
 
 use super::localhost::Localhost;
 use super::plan::{Address, Interface, Link, Route};
@@ -70,12 +71,8 @@ pub async fn wire(
     localhost: Option<&Localhost>,
 ) -> Result<()> {
     let target = open_netns(netns)?;
-    let (connection, handle, _) =
-        rtnetlink::new_connection().context(|| "open a netlink socket".into())?;
-    let driver = tokio::spawn(connection);
-    let moved = move_link(&handle, &interface.tap, &target).await;
-    driver.abort();
-    moved?;
+    let (handle, _driver) = open_rtnetlink()?;
+    move_link(&handle, &interface.tap, &target).await?;
 
     let (interface, localhost) = (interface.clone(), localhost.cloned());
     in_netns(target, "wire the machine's tap", move |handle| async move {
@@ -179,23 +176,26 @@ pub async fn quiet(netns: &Path, interfaces: Vec<String>) -> Result<()> {
 /// # Errors
 /// Netlink refused.
 pub async fn remove_tap(name: &str) -> Result<()> {
+    let (handle, _driver) = open_rtnetlink()?;
+    match index_of(&handle, name).await? {
+        None => Ok(()),
+        Some(index) => handle
+            .link()
+            .del(index)
+            .execute()
+            .await
+            .context(|| format!("remove tap {name}")),
+    }
+}
+
+/// A handle to the thread's network namespace, and the task that drives its connection: it
+/// ends when it is dropped.
+fn open_rtnetlink() -> Result<(Handle, JoinSet<()>)> {
     let (connection, handle, _) =
         rtnetlink::new_connection().context(|| "open a netlink socket".into())?;
-    let driver = tokio::spawn(connection);
-    let removed = async {
-        match index_of(&handle, name).await? {
-            None => Ok(()),
-            Some(index) => handle
-                .link()
-                .del(index)
-                .execute()
-                .await
-                .context(|| format!("remove tap {name}")),
-        }
-    }
-    .await;
-    driver.abort();
-    removed
+    let mut driver = JoinSet::new();
+    driver.spawn(connection);
+    Ok((handle, driver))
 }
 
 fn open_netns(path: &Path) -> Result<File> {
@@ -222,12 +222,8 @@ where
                     .build()
                     .context(|| format!("{what}: start a runtime"))?;
                 runtime.block_on(async {
-                    let (connection, handle, _) = rtnetlink::new_connection()
-                        .context(|| format!("{what}: open a netlink socket"))?;
-                    let driver = tokio::spawn(connection);
-                    let result = work(handle).await;
-                    driver.abort();
-                    result
+                    let (handle, _driver) = open_rtnetlink()?;
+                    work(handle).await
                 })
             })();
             // The asker may have gone.
