@@ -238,6 +238,7 @@ TOML
 # write_dyad_config DIR: the configuration file of either handler.
 write_dyad_config() {
     local dir=$1
+    local annotations='"dyad.dev/disk", "dyad.dev/migration-init-containers", "dyad.dev/migration-source", "dyad.dev/vcpus"'
     cat >"$dir/etc/dyad.toml" <<TOML
 kind = "container"
 state_dir = "$dir/dyad/run"
@@ -248,7 +249,7 @@ log_level = "${DYAD_LOG_LEVEL:-info}"
 runtime = "$dir/bin/runc"
 
 [annotations]
-allow = ["dyad.dev/disk", "dyad.dev/migration-init-containers", "dyad.dev/migration-source", "dyad.dev/vcpus"]
+allow = [$annotations]
 TOML
     cat >"$dir/etc/dyad-vm.toml" <<TOML
 kind = "machine"
@@ -265,7 +266,7 @@ kernel = "$dir/guest/vmlinux"
 initramfs = "$dir/guest/initramfs.zst"
 
 [annotations]
-allow = ["dyad.dev/disk", "dyad.dev/migration-init-containers", "dyad.dev/migration-source", "dyad.dev/vcpus"]
+allow = [$annotations]
 TOML
 }
 

@@ -13,6 +13,7 @@ pub mod fake;
 pub mod handler;
 pub mod migration;
 pub mod outlet;
+pub mod program;
 pub mod pump;
 pub mod reaper;
 pub mod spec;

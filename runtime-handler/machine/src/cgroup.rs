@@ -7,7 +7,6 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
 
 use dyad_runtime_handler::cgroup::{Cgroup, Hierarchies};
 use dyad_runtime_handler::error::{Context, Result};
@@ -24,55 +23,31 @@ const SHARES_MIN: u64 = 2;
 /// The path is not usable, or a directory cannot be made; then none stays that was made.
 pub async fn create(cgroups_path: &str, cpu_shares: Option<u64>) -> Result<Cgroup> {
     let hierarchies = Hierarchies::of_host()?;
-    let group = hierarchies.at(cgroups_path)?;
-    let made = make(&hierarchies, &group, cpu_shares);
-    if made.is_err()
-        && let Err(error) = group.remove().await
-    {
-        log::warn!("{}", error.chain());
+    let ours = |controller: &str| is_ours(&hierarchies, controller);
+    let group = hierarchies.make(cgroups_path, ours).await?;
+    if let Err(error) = share(&group, cpu_shares) {
+        if let Err(error) = group.remove().await {
+            log::warn!("{}", error.chain());
+        }
+        return Err(error).context(|| format!("set the CPU shares of {cgroups_path}"));
     }
-    made.context(|| format!("make the pod's cgroup {cgroups_path}"))?;
     Ok(group)
 }
 
-fn make(hierarchies: &Hierarchies, group: &Cgroup, cpu_shares: Option<u64>) -> io::Result<()> {
-    for (controller, dir) in group.controllers() {
-        if !is_ours(hierarchies, controller) {
-            continue;
-        }
-        if controller == "cpuset" && hierarchies.is_v1() {
-            make_cpuset(dir)?;
-        } else {
-            fs::create_dir_all(dir)?;
-        }
-        let Some(shares) = cpu_shares else { continue };
-        let shares = shares.max(SHARES_MIN);
+fn share(group: &Cgroup, cpu_shares: Option<u64>) -> io::Result<()> {
+    let Some(shares) = cpu_shares else {
+        return Ok(());
+    };
+    let shares = shares.max(SHARES_MIN);
+    for (controller, dir) in group.places() {
         if controller == "cpu" {
             fs::write(dir.join("cpu.shares"), shares.to_string())?;
         } else if controller.is_empty() {
-            // The controller may not be enabled for this level.
+            // A hybrid host's has none, and elsewhere it may not be enabled for this level.
             let weight = weight_of(shares);
             if let Err(error) = fs::write(dir.join("cpu.weight"), weight.to_string()) {
                 log::debug!("{}: {error}", dir.join("cpu.weight").display());
             }
-        }
-    }
-    Ok(())
-}
-
-/// A v1 cpuset is empty until told, at every level, and takes no task before.
-fn make_cpuset(dir: &Path) -> io::Result<()> {
-    if !dir.exists() {
-        let parent = dir.parent().ok_or(io::ErrorKind::InvalidInput)?;
-        make_cpuset(parent)?;
-        fs::create_dir(dir)?;
-    }
-    for file in ["cpuset.cpus", "cpuset.mems"] {
-        let own = dir.join(file);
-        if fs::read_to_string(&own)?.trim().is_empty()
-            && let Some(parent) = dir.parent()
-        {
-            fs::write(&own, fs::read_to_string(parent.join(file))?)?;
         }
     }
     Ok(())
@@ -84,8 +59,8 @@ fn make_cpuset(dir: &Path) -> io::Result<()> {
 /// The process is gone, or a controller does not take it.
 pub fn place(group: &Cgroup, pid: u32) -> Result<()> {
     let hierarchies = Hierarchies::of_host()?;
-    for (controller, dir) in group.controllers() {
-        if is_ours(&hierarchies, controller) {
+    for (controller, dir) in group.places() {
+        if is_ours(&hierarchies, &controller) {
             let procs = dir.join("cgroup.procs");
             fs::write(&procs, pid.to_string())
                 .context(|| format!("move QEMU (pid {pid}) to {}", dir.display()))?;
@@ -96,7 +71,7 @@ pub fn place(group: &Cgroup, pid: u32) -> Result<()> {
 
 fn is_ours(hierarchies: &Hierarchies, controller: &str) -> bool {
     if hierarchies.is_v1() {
-        !controller.is_empty() && !controller.starts_with("name=") && controller != "devices"
+        !controller.is_empty() && controller != "devices"
     } else {
         controller.is_empty()
     }
@@ -127,8 +102,8 @@ mod tests {
             33 20 0:4 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
         let hybrid = Hierarchies::parse(mountinfo).expect("hierarchies");
         let group = hybrid.at("/k8s.io/pod").expect("cgroup");
-        let moved: Vec<&str> = group
-            .controllers()
+        let moved: Vec<String> = group
+            .places()
             .into_iter()
             .map(|(controller, _)| controller)
             .filter(|controller| is_ours(&hybrid, controller))

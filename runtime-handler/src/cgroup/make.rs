@@ -9,13 +9,17 @@ use crate::error::{Context, Result};
 
 impl Hierarchies {
     /// The cgroup at `cgroups_path` (see [`Hierarchies::at`]), made where it is missing, with
-    /// every controller but v1's named hierarchies, which are other people's.
+    /// the `wanted` ones of its [`Cgroup::places`].
     ///
     /// # Errors
     /// The path is not usable, or a directory cannot be made; then none stays that was made.
-    pub async fn make(&self, cgroups_path: &str) -> Result<Cgroup> {
+    pub async fn make(&self, cgroups_path: &str, wanted: impl Fn(&str) -> bool) -> Result<Cgroup> {
         let cgroup = self.at(cgroups_path)?;
-        let made = cgroup.places().into_iter().try_for_each(|(name, dir)| {
+        let mut places = cgroup.places().into_iter();
+        let made = places.try_for_each(|(name, dir)| {
+            if !wanted(&name) {
+                return Ok(());
+            }
             if name == "cpuset" && self.is_v1() {
                 make_cpuset(&dir)
             } else {
@@ -33,8 +37,9 @@ impl Hierarchies {
 }
 
 impl Cgroup {
-    /// The directories that a process of ours is put into, by controller.
-    fn places(&self) -> Vec<(String, PathBuf)> {
+    /// The directories that a process of ours can be put into, by controller (v2's is ""):
+    /// all but v1's named hierarchies, which are other people's.
+    pub fn places(&self) -> Vec<(String, PathBuf)> {
         self.controllers()
             .into_iter()
             .filter(|(name, _)| !name.starts_with("name="))

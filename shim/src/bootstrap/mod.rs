@@ -24,9 +24,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use args::{Action, Args};
+use dyad_runtime_handler::Result;
 use dyad_runtime_handler::config::Kind;
 use dyad_runtime_handler::error::Context as _;
-use dyad_runtime_handler::{Error, Result};
 
 use crate::backend::Backend;
 
@@ -88,14 +88,5 @@ fn program_name(kind: Kind) -> &'static str {
 
 /// The program that serves `kind`: it lies beside this one.
 fn program(kind: Kind) -> Result<PathBuf> {
-    let own = std::env::current_exe().context(|| "find this program".into())?;
-    let path = own.with_file_name(program_name(kind));
-    if path.exists() {
-        return Ok(path);
-    }
-    Err(Error::FailedPrecondition(format!(
-        "{} is missing: install it beside {}",
-        path.display(),
-        own.display()
-    )))
+    dyad_runtime_handler::program::beside(program_name(kind))
 }

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::command::{self, Done};
 use crate::env::Env;
+use crate::wait::until;
 
 /// Longer than any answer of a healthy environment takes, machines under emulation
 /// on a busy host included.
@@ -209,6 +210,16 @@ impl Crictl {
     pub fn status(&self, id: &str) -> Result<ContainerStatus> {
         let all = self.inspect(id)?;
         serde_json::from_value(all["status"].clone()).with_context(|| format!("status in {all}"))
+    }
+
+    /// A container's status, once it has exited.
+    ///
+    /// # Errors
+    /// It did not exit in time.
+    pub fn exited(&self, id: &str, within: Duration) -> Result<ContainerStatus> {
+        until(within, &format!("container {id} to exit"), || {
+            Ok(Some(self.status(id)?).filter(|status| status.state == "CONTAINER_EXITED"))
+        })
     }
 
     /// All that containerd tells of a container.

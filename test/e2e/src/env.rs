@@ -159,12 +159,7 @@ impl Env {
 
     /// `ctr` in containerd's namespace `namespace`.
     pub fn ctr_command(&self, namespace: &str) -> Command {
-        let mut command = Command::new(self.program("ctr"));
-        command
-            .arg("--address")
-            .arg(self.dir.join("containerd/containerd.sock"))
-            .args(["--namespace", namespace]);
-        command
+        ctr_command(&self.dir, namespace)
     }
 
     /// Runs `ctr` on CRI's containers.
@@ -354,6 +349,16 @@ const DAEMONS: [&str; 2] = ["containerd", "libvirtd"];
 pub struct LogMark([usize; 2]);
 
 /// The machines' console logs below Dyad's state folder.
+/// `ctr` of the environment in `dir`, in containerd's namespace `namespace`.
+pub(crate) fn ctr_command(dir: &Path, namespace: &str) -> Command {
+    let mut command = Command::new(dir.join("bin/ctr"));
+    command
+        .arg("--address")
+        .arg(dir.join("containerd/containerd.sock"))
+        .args(["--namespace", namespace]);
+    command
+}
+
 fn consoles(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {

@@ -7,13 +7,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use nix::unistd::Pid;
 
 use crate::command;
+use crate::env::ctr_command;
 use crate::wait::until;
 
 /// libvirt and containerd remove a few things a moment after they answered.
@@ -116,15 +116,33 @@ impl Snapshot {
 /// answers the removal of a lease, where asked to, once that is done.
 fn collect_garbage(dir: &Path) {
     for verb in [&["create", "--id"][..], &["delete", "--sync"]] {
-        let mut ctr = Command::new(dir.join("bin/ctr"));
-        ctr.arg("--address")
-            .arg(dir.join("containerd/containerd.sock"))
-            .args(["--namespace", "k8s.io", "leases"])
-            .args(verb)
-            .arg("e2e-collect");
+        let mut ctr = ctr_command(dir, "k8s.io");
+        ctr.arg("leases").args(verb).arg("e2e-collect");
         // Where it fails, what is left stays so.
         let _ = command::run(&mut ctr, b"", SETTLE);
     }
+}
+
+/// The pod's shim, of whichever make.
+///
+/// # Errors
+/// There is none.
+pub fn shim_of(pod: &str) -> Result<Pid> {
+    process(|command| command.contains("containerd-shim-") && command.contains(pod))
+        .with_context(|| format!("the shim of pod {pod}"))
+}
+
+/// The first process whose command line is `wanted`.
+///
+/// # Errors
+/// There is none.
+pub fn process(wanted: impl Fn(&str) -> bool) -> Result<Pid> {
+    let found = entries("/proc").into_iter().find_map(|folder| {
+        let pid = folder.file_name()?.to_str()?.parse().ok()?;
+        let command = fs::read(folder.join("cmdline")).ok()?;
+        wanted(&String::from_utf8_lossy(&command)).then_some(Pid::from_raw(pid))
+    });
+    found.context("no such process")
 }
 
 /// The environment's processes, with their command lines.

@@ -8,13 +8,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use dyad_e2e::env::Env;
-use dyad_e2e::host::cgroup_parent;
+use dyad_e2e::host::{cgroup_parent, shim_of};
 use dyad_e2e::logs::Logs;
 use dyad_e2e::nodes::Nodes;
 use dyad_e2e::pki;
 use dyad_e2e::wait::until;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid as Process;
 use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -79,10 +78,7 @@ impl<'a> Pod<'a> {
         let id = crictl.runp("dyad", &pod)?;
         let init = crictl.create(&id, &init, &pod)?;
         crictl.start(&init)?;
-        let code = until(SOON, "the init container to end", || {
-            let status = crictl.status(&init)?;
-            Ok((status.state == "CONTAINER_EXITED").then_some(status.exit_code))
-        })?;
+        let code = crictl.exited(&init, SOON)?.exit_code;
         same("exit code of the init container", code, 0)?;
         let loaded = fs::read(dir.join("load.log")).unwrap_or_default();
         let wanted = if source.is_none() { "loaded\n" } else { "" };
@@ -151,26 +147,14 @@ impl<'a> Pod<'a> {
 
     /// Waits until its container has ended, not with 0.
     fn fails(&self) -> Result<()> {
-        let code = until(SOON, "the container to end", || {
-            let status = self.env.crictl().status(&self.container)?;
-            Ok((status.state == "CONTAINER_EXITED").then_some(status.exit_code))
-        })?;
-        if code == 0 {
+        if self.env.crictl().exited(&self.container, SOON)?.exit_code == 0 {
             bail!("it ended with 0");
         }
         Ok(())
     }
 
     fn kill_shim(&self) -> Result<()> {
-        for entry in fs::read_dir("/proc")?.flatten() {
-            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line);
-            if line.contains("containerd-shim-") && line.contains(&self.id) {
-                let pid = entry.file_name().to_string_lossy().parse()?;
-                return Ok(kill(Process::from_raw(pid), Signal::SIGKILL)?);
-            }
-        }
-        bail!("no shim of {}", self.id)
+        Ok(kill(shim_of(&self.id)?, Signal::SIGKILL)?)
     }
 
     /// As kubelet does it: containerd may still be about the task of a shim that died.
@@ -285,10 +269,7 @@ fn trial(nodes: &Nodes) -> Result<()> {
     )?;
 
     // The source has left, with 0, and never runs again.
-    let left = until(SOON, "the source to have left", || {
-        let status = one.crictl().status(&source.container)?;
-        Ok((status.state == "CONTAINER_EXITED").then_some(status))
-    })?;
+    let left = one.crictl().exited(&source.container, SOON)?;
     same("exit code", left.exit_code, 0)?;
     same("tombstones", fences(), 2)?;
     let again = one.crictl().run(&["start", &source.container], b"")?;

@@ -102,7 +102,7 @@ impl Holder {
         let linux = spec.oci.linux().as_ref();
         let cgroups_path = linux.and_then(|linux| linux.cgroups_path().clone());
         let cgroup = match &cgroups_path {
-            Some(path) => Some(hierarchies.make(&path.to_string_lossy()).await?),
+            Some(path) => Some(hierarchies.make(&path.to_string_lossy(), |_| true).await?),
             None => None,
         };
         order.procs_files = cgroup.as_ref().map(Cgroup::procs_files).unwrap_or_default();

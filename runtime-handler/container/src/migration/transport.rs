@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use dyad_runtime_handler::config::ContainerConfig;
 use dyad_runtime_handler::error::{Context, Error, Result};
+use dyad_runtime_handler::program;
 use dyad_runtime_handler::reaper::Reaper;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::AsyncReadExt as _;
@@ -152,17 +153,8 @@ impl Tls {
                 "this node has no certificates: set container.migration_tls to a folder with ca.pem, cert.pem and key.pem".into(),
             )
         })?;
-        let own = std::env::current_exe().context(|| "find this program".into())?;
-        let program = own.with_file_name(tls::PROGRAM);
-        if !program.exists() {
-            return Err(Error::FailedPrecondition(format!(
-                "{} is missing: install it beside {}",
-                program.display(),
-                own.display()
-            )));
-        }
         Ok(Self {
-            program,
+            program: program::beside(tls::PROGRAM)?,
             folder,
             reaper: Arc::clone(reaper),
         })

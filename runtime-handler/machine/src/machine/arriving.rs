@@ -6,7 +6,6 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use dyad_agent_api::proto::agent::SetupRequest;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::cgroup::Hierarchies;
 use dyad_runtime_handler::error::{Context, Result};
@@ -404,12 +403,7 @@ impl Machine {
 
     /// Gives the guest this pod's own address, and later takes its source's.
     async fn answer_here(self: Arc<Self>, agent: Agent) {
-        let own = SetupRequest {
-            // The rest of the guest is as the source's pod made it.
-            hostname: String::new(),
-            ..self.setup_request()
-        };
-        match agent.setup(own).await {
+        match agent.setup(self.network_request()).await {
             Ok(_) => debug!("machine {}: answers on its new address", self.record.uuid),
             Err(error) => warn!(
                 "machine {}: its new address: {}",

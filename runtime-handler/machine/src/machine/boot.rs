@@ -217,6 +217,15 @@ impl Machine {
         }
     }
 
+    /// What a guest that came by migration is asked: its network. The rest is as the source's
+    /// pod made it.
+    pub(super) fn network_request(&self) -> SetupRequest {
+        SetupRequest {
+            hostname: String::new(),
+            ..self.setup_request()
+        }
+    }
+
     pub(super) fn setup_request(&self) -> SetupRequest {
         let mut entropy = vec![0; ENTROPY_BYTES];
         if let Err(error) = fill_random(&mut entropy) {

@@ -45,7 +45,6 @@ impl Machine {
         if !self.is_off() && !self.has_let_go() {
             let former = lock(&self.former).clone();
             let request = SetupRequest {
-                hostname: String::new(),
                 former_interfaces: former
                     .interfaces
                     .iter()
@@ -56,7 +55,7 @@ impl Machine {
                     })
                     .collect(),
                 former_routes: former.routes.into_iter().map(route).collect(),
-                ..self.setup_request()
+                ..self.network_request()
             };
             self.agent().setup(request).await?;
             info!(

@@ -366,9 +366,7 @@ impl Container<'_> {
 
     /// Waits for its end.
     pub fn exited(&self) -> Result<ContainerStatus> {
-        until(SOON, &format!("container {} to exit", self.id), || {
-            Ok(Some(self.status()?).filter(|status| status.state == "CONTAINER_EXITED"))
-        })
+        self.context.crictl.exited(&self.id, SOON)
     }
 
     /// What it wrote so far.

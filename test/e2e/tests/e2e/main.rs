@@ -91,21 +91,26 @@ fn prepare(args: &mut Arguments) -> Result<(Arc<Stages>, Vec<Trial>)> {
         }
         for (name, version, handler, case) in of_version {
             let stages = Arc::clone(&stages);
-            trials.push(Trial::ignorable_test(name, move || {
-                outcome(stages.run(version, handler, case))
+            trials.push(Trial::ignorable_test(name.clone(), move || {
+                outcome(&name, stages.run(version, handler, case))
             }));
         }
         let stages = Arc::clone(&stages);
-        trials.push(Trial::ignorable_test(
-            format!("{}::nothing_is_left_on_the_host", module(version)),
-            move || outcome(stages.end(version).map(|()| Completion::Completed)),
-        ));
+        let name = format!("{}::nothing_is_left_on_the_host", module(version));
+        trials.push(Trial::ignorable_test(name.clone(), move || {
+            outcome(&name, stages.end(version).map(|()| Completion::Completed))
+        }));
     }
     Ok((stages, trials))
 }
 
-fn outcome(result: Result<Completion>) -> Result<Completion, Failed> {
-    result.map_err(|error| Failed::from(format!("{error:#}")))
+/// A failure is told at once, too: a long run that is ended early told of it.
+fn outcome(name: &str, result: Result<Completion>) -> Result<Completion, Failed> {
+    result.map_err(|error| {
+        let error = format!("{error:#}");
+        eprintln!("{name}: {}", error.lines().next().unwrap_or_default());
+        Failed::from(error)
+    })
 }
 
 fn module(version: Version) -> String {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use dyad_e2e::command::Done;
 use dyad_e2e::env::Env;
-use dyad_e2e::host::{cgroup_parent, remove_cgroup};
+use dyad_e2e::host::{cgroup_parent, process, remove_cgroup, shim_of};
 use dyad_e2e::logs::{self, Logs};
 use dyad_e2e::wait::until;
 use nix::sys::signal::{Signal, kill};
@@ -210,11 +210,7 @@ impl<'a> Pod<'a> {
     /// Runs one more container until it ends with 0.
     pub fn run_to_end(&self, name: &str, image: &str, script: &str) -> Result<()> {
         let id = self.begin_one(name, image, script)?;
-        let crictl = self.env.crictl();
-        let code = until(SOON, &format!("container {name} to end"), || {
-            let status = crictl.status(&id)?;
-            Ok((status.state == "CONTAINER_EXITED").then_some(status.exit_code))
-        })?;
+        let code = self.env.crictl().exited(&id, SOON)?.exit_code;
         ensure!(code == 0, "container {name} ended with {code}");
         Ok(())
     }
@@ -405,15 +401,12 @@ impl<'a> Pod<'a> {
 
     /// The exit code, once it has ended.
     pub fn ended(&self) -> Result<i32> {
-        until(SOON, &format!("{} to end", self.id), || {
-            let status = self.env.crictl().status(&self.container)?;
-            Ok((status.state == "CONTAINER_EXITED").then_some(status.exit_code))
-        })
+        let status = self.env.crictl().exited(&self.container, SOON)?;
+        Ok(status.exit_code)
     }
 
     pub fn shim(&self) -> Result<Process> {
-        process(|line| line.contains("containerd-shim-") && line.contains(&self.id))
-            .with_context(|| format!("the shim of {}", self.id))
+        shim_of(&self.id)
     }
 
     /// Its QEMU, while it has one.
@@ -523,18 +516,6 @@ impl Ended {
         }
         Ok(())
     }
-}
-
-fn process(wanted: impl Fn(&str) -> bool) -> Result<Process> {
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if wanted(&String::from_utf8_lossy(&line)) {
-            return Ok(Process::from_raw(
-                entry.file_name().to_string_lossy().parse()?,
-            ));
-        }
-    }
-    bail!("no such process")
 }
 
 /// A process that stands still; goes on when dropped.

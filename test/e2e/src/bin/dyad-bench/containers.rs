@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use dyad_e2e::env::Env;
-use dyad_e2e::host::cgroup_parent;
+use dyad_e2e::host::{cgroup_parent, shim_of};
 
 use crate::cri::{
     ContainerConfig, ContainerMetadata, Cri, ImageSpec, LinuxPodSandboxConfig, PodSandboxConfig,
@@ -189,24 +189,14 @@ pub async fn said_first(env: &Env, pod: &str) -> Result<()> {
     bail!("{} holds no first line", log.display())
 }
 
-/// Proportional set size of the pod's shim processes.
+/// Proportional set size of the pod's shim.
 fn shim_pss_mb(pod_id: &str) -> Result<f64> {
-    let mut kilobytes = 0.0;
-    for entry in fs::read_dir("/proc").context("list processes")?.flatten() {
-        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let command = String::from_utf8_lossy(&command);
-        if !command.contains("containerd-shim-") || !command.contains(pod_id) {
-            continue;
-        }
-        let rollup = fs::read_to_string(entry.path().join("smaps_rollup")).unwrap_or_default();
-        let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
-        let number = line.and_then(|line| line.split_whitespace().next());
-        kilobytes += number
-            .and_then(|text| text.parse::<f64>().ok())
-            .unwrap_or(0.0);
-    }
-    if kilobytes == 0.0 {
-        bail!("no shim process carries the pod's id {pod_id}");
-    }
+    let file = format!("/proc/{}/smaps_rollup", shim_of(pod_id)?);
+    let rollup = fs::read_to_string(&file).with_context(|| format!("read {file}"))?;
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
+    let number = line.and_then(|line| line.split_whitespace().next());
+    let kilobytes: f64 = number
+        .and_then(|text| text.parse().ok())
+        .with_context(|| format!("{file} tells no Pss"))?;
     Ok(kilobytes / 1000.0)
 }

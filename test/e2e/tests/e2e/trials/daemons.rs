@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use dyad_e2e::env::{Build, runs};
-use dyad_e2e::host::Snapshot;
+use dyad_e2e::host::{Snapshot, shim_of};
 use dyad_e2e::wait::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use super::{Case, DYAD, EVERY, MACHINES, OURS, case, shim_of};
+use super::{Case, DYAD, EVERY, MACHINES, OURS, case};
 use crate::context::{Context, Handler, Pod, SOON, names, same};
 
 /// A trial that makes pods of all handlers itself.

@@ -3,11 +3,12 @@
 use std::fs;
 
 use anyhow::Result;
+use dyad_e2e::host::shim_of;
 use dyad_e2e::wait::until;
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 
-use super::{Case, case, shim_of};
+use super::{Case, case};
 use crate::context::{Context, Handler, SOON, same};
 
 pub const CASES: &[Case] = &[

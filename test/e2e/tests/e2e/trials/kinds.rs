@@ -5,10 +5,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
-use dyad_e2e::host::cgroup_parent;
+use dyad_e2e::host::{cgroup_parent, shim_of};
 use serde_json::json;
 
-use super::{Case, MACHINES, case, shim_of};
+use super::{Case, MACHINES, case};
 use crate::context::{Context, Handler, Pod, same};
 
 const ONLY_DYAD: &[Handler] = &[Handler::Dyad];

@@ -1,8 +1,7 @@
 //! The trials, by theme.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use libtest_mimic::Completion;
-use nix::unistd::Pid;
 
 use crate::context::{Context, Handler};
 
@@ -96,19 +95,6 @@ macro_rules! case {
     };
 }
 pub(crate) use case;
-
-/// The pod's shim.
-pub fn shim_of(pod: &str) -> Result<Pid> {
-    for entry in std::fs::read_dir("/proc")?.flatten() {
-        let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let command = String::from_utf8_lossy(&command);
-        if command.contains("containerd-shim-") && command.contains(pod) {
-            let name = entry.file_name();
-            return Ok(Pid::from_raw(name.to_string_lossy().parse()?));
-        }
-    }
-    bail!("no shim has {pod} in its command line")
-}
 
 /// All of them.
 pub fn all() -> Vec<Case> {
