@@ -271,6 +271,10 @@ pub(crate) fn classify(word: &str, name: &str, message: &str) -> Error {
         {
             Error::FailedPrecondition(format!("exec in container {name}: {message}"))
         }
+        // runc on cgroup v1, where its processes are not scheduled soon enough.
+        "pause" if says("unable to freeze") => {
+            Error::DeadlineExceeded(format!("OCI runtime pause failed: {message}"))
+        }
         _ if says("container does not exist") => Error::NotFound(format!("container {name}")),
         // As containerd's own shim words it; people look for these words.
         _ => Error::other(format!("OCI runtime {word} failed"), message.to_owned()),
@@ -468,6 +472,10 @@ mod tests {
         assert!(matches!(
             class("pause", "container does not exist"),
             Error::NotFound(_)
+        ));
+        assert!(matches!(
+            class("pause", "unable to freeze"),
+            Error::DeadlineExceeded(_)
         ));
         let other = class("create", "no such file: \"/x\" already exists not");
         assert_eq!(

@@ -15,7 +15,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use dyad_runtime_handler::cgroup::{Cgroup, Hierarchies, OomWatch};
@@ -33,6 +33,8 @@ use crate::process::{AtEnd, Gate, Process};
 use crate::rootfs;
 use crate::runtime::{Input, Made, Runtime, ShortLived};
 
+/// How long its processes may take to stand still.
+const FREEZE_WITHIN: Duration = Duration::from_secs(10);
 /// How long a killed process may take to end; one that waits for a dead disk takes
 /// for ever.
 const KILL_BOUND: Duration = Duration::from_secs(20);
@@ -614,8 +616,17 @@ impl Instance for Container {
     }
 
     async fn pause(&self) -> Result<()> {
-        self.run(Command::Pause { id: &self.facts.id }, Input::None)
-            .await
+        let began = Instant::now();
+        loop {
+            let paused = self.run(Command::Pause { id: &self.facts.id }, Input::None);
+            match paused.await {
+                // On a busy host a process may need longer to stand still than runc waits.
+                Err(Error::DeadlineExceeded(why)) if began.elapsed() < FREEZE_WITHIN => {
+                    log::debug!("container {}: {why}; asked again", self.facts.id);
+                }
+                done => return done,
+            }
+        }
     }
 
     async fn resume(&self) -> Result<()> {

@@ -19,8 +19,9 @@ use dyad_runtime_handler::spec::RootMount;
 use oci_spec::runtime::{Mount, Spec};
 use uuid::Uuid;
 
-use super::criu::Criu;
+use super::criu::{Criu, words};
 use super::plan::{self, Described, Volume};
+use super::sockets::{Socket, sockets};
 use super::tree;
 use crate::command::{self, Command};
 use crate::container::{Container, Images, Init};
@@ -317,7 +318,7 @@ impl Container {
             fs::create_dir_all(dir).context(|| format!("make {}", dir.display()))?;
         }
         let config = work.join("criu.conf");
-        fs::write(&config, plan::criu_config(tcp_established, &[], false))
+        fs::write(&config, words::config(tcp_established, &[], false))
             .context(|| format!("write {}", config.display()))?;
         let parent = parent.map(|parent| Path::new("..").join(parent));
         let command = Command::Checkpoint {
@@ -340,7 +341,7 @@ impl Container {
     /// CRIU's own words, which the OCI runtime does not hand on.
     fn explained(&self, error: Error, log: &Path) -> Error {
         let text = fs::read(log).unwrap_or_default();
-        match plan::criu_errors(&String::from_utf8_lossy(&text)) {
+        match words::errors(&String::from_utf8_lossy(&text)) {
             Some(words) => Error::other(self.named(error.chain()), words),
             None => Error::other(self.named("CRIU refused"), error),
         }
@@ -357,9 +358,9 @@ impl Container {
     ) -> Result<u32> {
         let work = dir.join("restore-work");
         fs::create_dir_all(&work).context(|| format!("make {}", work.display()))?;
-        let join = plan::joined_namespaces(&self.read_spec()?);
+        let join = words::joined_namespaces(&self.read_spec()?);
         let config = work.join("criu.conf");
-        fs::write(&config, plan::criu_config(tcp_established, &join, hold))
+        fs::write(&config, words::config(tcp_established, &join, hold))
             .context(|| format!("write {}", config.display()))?;
         let images = Images {
             dir: &dir.join("dump"),
@@ -446,12 +447,12 @@ fn ipc_objects(pid: u32) -> Vec<String> {
         })
 }
 
-fn open_sockets(pid: u32) -> Vec<plan::Socket> {
+fn open_sockets(pid: u32) -> Vec<Socket> {
     ["tcp", "tcp6", "udp", "udp6"]
         .iter()
         .flat_map(|file| {
             let text = fs::read_to_string(format!("/proc/{pid}/net/{file}")).unwrap_or_default();
-            plan::sockets(&text, file.starts_with("tcp"))
+            sockets(&text, file.starts_with("tcp"))
         })
         .collect()
 }

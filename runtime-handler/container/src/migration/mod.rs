@@ -20,8 +20,10 @@
 
 mod checkpoint;
 mod criu;
+mod destination;
 mod meter;
 mod plan;
+mod sockets;
 mod source;
 mod target;
 mod transport;

@@ -13,8 +13,8 @@ use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 use super::criu::Criu;
-use super::meter::Meter;
-use super::plan::{self, Destination};
+use super::destination::{self, Destination};
+use super::meter::{self, Meter};
 use super::transport::{Failed, connect};
 use super::tree::{self, Sent as SentTree};
 use super::wire::{Goes, Message, Outcome, PROTOCOL, Place, Purpose, Wire};
@@ -61,7 +61,7 @@ struct Attempt<'a> {
 impl Containers {
     /// Everything that forbids it, on both sides.
     pub(super) async fn check_move(&self, parameters: &MigrationParameters) -> Result<()> {
-        plan::check_parameters(parameters)?;
+        destination::check_parameters(parameters)?;
         let destination = Destination::parse(parameters, &self.config)?;
         let attempt = Uuid::new_v4().to_string();
         let members = self.members();
@@ -399,7 +399,7 @@ impl Attempt<'_> {
         }
         let mut written = Vec::new();
         let mut parent: Option<String> = None;
-        while plan::dump_again(&written) && !self.job.is_hurried() {
+        while meter::dump_again(&written) && !self.job.is_hurried() {
             let set = format!("pre-{}", written.len() + 1);
             let since = Instant::now();
             let mut bytes = 0;
@@ -440,7 +440,7 @@ impl Attempt<'_> {
             (None, 0) => GUESSED_RATE,
             (None, limit) => limit,
         };
-        let expected = plan::expected_downtime(pre_dumped.unwrap_or(self.memory_bytes), rate);
+        let expected = meter::expected_downtime(pre_dumped.unwrap_or(self.memory_bytes), rate);
         self.meter.expected_downtime(expected);
         match self.parameters.max_downtime {
             Some(most) if expected > most && !self.job.is_hurried() => {

@@ -26,7 +26,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::plan::Destination;
+use super::destination::Destination;
 use super::wire::Wire;
 use crate::tls;
 

@@ -2,6 +2,8 @@
 //!
 //! The OCI runtime runs it for the work; here it is only asked.
 
+pub(crate) mod words;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command as Program, Stdio};
 use std::sync::Arc;
@@ -11,8 +13,6 @@ use dyad_runtime_handler::config::ContainerConfig;
 use dyad_runtime_handler::error::{Error, Result};
 use dyad_runtime_handler::pump::Fd;
 use dyad_runtime_handler::reaper::Reaper;
-
-use super::plan;
 
 const MEND: &str = "install CRIU 4 (Debian 13, or its package criu of a newer suite) or name its binary by container.criu";
 
@@ -73,10 +73,10 @@ pub(crate) fn check(config: &ContainerConfig) -> Check {
             let text = String::from_utf8_lossy(&text).into_owned();
             Ok::<_, Error>((output.status.success(), text))
         };
-        let (major, minor) = plan::criu_version(&run(&["--version"])?.1).map_err(failed)?;
+        let (major, minor) = words::version(&run(&["--version"])?.1).map_err(failed)?;
         let (fine, text) = run(&["check"])?;
         if !fine {
-            let why = plan::criu_errors(&text).unwrap_or(text);
+            let why = words::errors(&text).unwrap_or(text);
             return Err(failed(format!("`criu check` says: {}", why.trim())));
         }
         let (tracks, _) = run(&["check", "--feature", "mem_dirty_track"])?;
@@ -114,10 +114,10 @@ impl Criu {
                 .map_err(|error| refuse(error.to_string()))
         };
         let (_, text) = run(&["--version"]).await?;
-        let version = plan::criu_version(&text).map_err(refuse)?;
+        let version = words::version(&text).map_err(refuse)?;
         let (status, text) = run(&["check"]).await?;
         if status != 0 {
-            let why = plan::criu_errors(&text).unwrap_or_else(|| text.trim().to_owned());
+            let why = words::errors(&text).unwrap_or_else(|| text.trim().to_owned());
             return Err(refuse(format!("`criu check` says: {why}")));
         }
         let (status, _) = run(&["check", "--feature", "mem_dirty_track"]).await?;
