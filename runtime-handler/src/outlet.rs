@@ -1,4 +1,4 @@
-//! The far ends of a process's outputs: when has all that it wrote been read?
+//! The far ends of a process's outputs: are they open, and when has all that it wrote been read?
 //!
 //! containerd 1.6 closes its ends of the FIFOs as soon as it hears of an exit, and what it
 //! has not read by then is lost. So an exit is told once its output has been taken. A FIFO
@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::stat::{SFlag, fstat};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use crate::pump::Fd;
@@ -73,6 +74,36 @@ impl Outlet {
             step = (step * 2).min(longest);
         }
         true
+    }
+}
+
+/// How many outputs of a process have not come to their end.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOutputs(watch::Sender<usize>);
+
+/// An output that is open until this is dropped, however its task ends.
+#[derive(Debug)]
+pub struct OpenOutput(OpenOutputs);
+
+impl OpenOutputs {
+    /// One more.
+    pub fn add(&self) -> OpenOutput {
+        self.0.send_modify(|open| *open += 1);
+        OpenOutput(self.clone())
+    }
+
+    /// Waits until all have, at most `within`; returns whether they have.
+    pub async fn ended(&self, within: Duration) -> bool {
+        let mut count = self.0.subscribe();
+        let ended = count.wait_for(|open| *open == 0);
+        tokio::time::timeout(within, ended).await.is_ok()
+    }
+}
+
+impl Drop for OpenOutput {
+    fn drop(&mut self) {
+        let OpenOutputs(count) = &self.0;
+        count.send_modify(|open| *open -= 1);
     }
 }
 

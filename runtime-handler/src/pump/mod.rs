@@ -34,7 +34,7 @@ use tokio::task::JoinSet;
 
 pub use fd::{Fd, peek};
 
-use crate::outlet::Outlet;
+use crate::outlet::{OpenOutputs, Outlet};
 use crate::spec::Stdio;
 use carry::{copy, feed};
 use fd::{unread_bytes, write_some};
@@ -78,8 +78,7 @@ pub struct Pump {
     /// The terminal, where the process has one.
     master: Option<Arc<Fd>>,
     close_stdin: Arc<Notify>,
-    /// How many outputs have not come to their end.
-    outputs: watch::Receiver<usize>,
+    outputs: OpenOutputs,
     copies: Vec<Copying>,
     /// Changes whenever an output got on.
     moved: watch::Receiver<()>,
@@ -315,36 +314,20 @@ impl Pump {
     /// Waits until every output came to its end, at most `bound` (something still
     /// holds the pipe, or nobody reads the FIFO). Returns whether they did.
     pub async fn drained(&self, bound: Duration) -> bool {
-        let mut outputs = self.outputs.clone();
-        let ended = outputs.wait_for(|open| *open == 0);
-        // An error tells that the last task, and so the last output, is gone.
-        tokio::time::timeout(bound, ended).await.is_ok()
+        self.outputs.ended(bound).await
     }
 }
 
 /// The tasks of a pump that is being put together.
+#[derive(Default)]
 struct Streams {
     close_stdin: Arc<Notify>,
-    outputs: Arc<watch::Sender<usize>>,
+    outputs: OpenOutputs,
     copies: Vec<Copying>,
-    moved: Arc<watch::Sender<()>>,
+    moved: watch::Sender<()>,
     feed: Option<Feeding>,
     outlet: Outlet,
     tasks: JoinSet<()>,
-}
-
-impl Default for Streams {
-    fn default() -> Self {
-        Self {
-            close_stdin: Arc::default(),
-            outputs: Arc::new(watch::Sender::new(0)),
-            copies: Vec::new(),
-            moved: Arc::new(watch::Sender::new(())),
-            feed: None,
-            outlet: Outlet::default(),
-            tasks: JoinSet::new(),
-        }
-    }
 }
 
 impl Streams {
@@ -376,13 +359,13 @@ impl Streams {
             Arc::clone(&carrying),
         )?;
         let fifo = Arc::new(Fd::new(fifo)?);
-        let open = OpenOutput::new(Arc::clone(&self.outputs));
+        let open = self.outputs.add();
         self.copies.push(Copying {
             from: Arc::downgrade(&process),
             carrying: Arc::clone(&carrying),
             to: Arc::downgrade(&fifo),
         });
-        let moved = Arc::clone(&self.moved);
+        let moved = self.moved.clone();
         self.tasks.spawn(async move {
             let _open = open;
             let progress = |is_carrying| {
@@ -400,28 +383,12 @@ impl Streams {
         Pump {
             master,
             close_stdin: self.close_stdin,
-            outputs: self.outputs.subscribe(),
+            outputs: self.outputs,
             copies: self.copies,
             moved: self.moved.subscribe(),
             feed: self.feed,
             outlet: self.outlet,
             _tasks: self.tasks,
         }
-    }
-}
-
-/// Counts an output as open until dropped, however its task ends.
-struct OpenOutput(Arc<watch::Sender<usize>>);
-
-impl OpenOutput {
-    fn new(outputs: Arc<watch::Sender<usize>>) -> Self {
-        outputs.send_modify(|open| *open += 1);
-        Self(outputs)
-    }
-}
-
-impl Drop for OpenOutput {
-    fn drop(&mut self) {
-        self.0.send_modify(|open| *open -= 1);
     }
 }

@@ -11,37 +11,24 @@ use std::time::Duration;
 
 use dyad_agent_api::link::host::{InputWriter, OutputReader};
 use dyad_agent_api::link::{StreamError, StreamKey};
-use dyad_runtime_handler::outlet::Outlet;
+use dyad_runtime_handler::outlet::{OpenOutputs, Outlet};
 use dyad_runtime_handler::pump::Fd;
 use log::warn;
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 /// What one read of stdin takes at most.
 const READ_BYTES: usize = 4096;
 
 /// The running streams of one process. Dropping it ends them at once.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Pump {
     close_stdin: Arc<Notify>,
-    /// How many outputs have not come to their end.
-    outputs: Arc<watch::Sender<usize>>,
+    outputs: OpenOutputs,
     /// Below these offsets all of an output is in its FIFO.
     positions: Vec<(StreamKey, Arc<AtomicU64>)>,
     outlet: Mutex<Outlet>,
     tasks: JoinSet<()>,
-}
-
-impl Default for Pump {
-    fn default() -> Self {
-        Self {
-            close_stdin: Arc::default(),
-            outputs: Arc::new(watch::Sender::new(0)),
-            positions: Vec::new(),
-            outlet: Mutex::default(),
-            tasks: JoinSet::new(),
-        }
-    }
 }
 
 impl Pump {
@@ -70,7 +57,7 @@ impl Pump {
             .unwrap_or_else(PoisonError::into_inner)
             .add(fifo.as_fd(), Weak::new(), Arc::default())?;
         let fifo = Fd::new(fifo)?;
-        let open = OpenOutput::new(Arc::clone(&self.outputs));
+        let open = self.outputs.add();
         let position = Arc::new(AtomicU64::new(offset));
         self.positions
             .push((from.key().clone(), Arc::clone(&position)));
@@ -112,25 +99,7 @@ impl Pump {
 
     /// Waits until every output came to its end, at most `within`; returns whether.
     pub async fn drained(&self, within: Duration) -> bool {
-        let mut outputs = self.outputs.subscribe();
-        let ended = outputs.wait_for(|open| *open == 0);
-        tokio::time::timeout(within, ended).await.is_ok()
-    }
-}
-
-/// Counts an output as open until dropped, however its task ends.
-struct OpenOutput(Arc<watch::Sender<usize>>);
-
-impl OpenOutput {
-    fn new(outputs: Arc<watch::Sender<usize>>) -> Self {
-        outputs.send_modify(|open| *open += 1);
-        Self(outputs)
-    }
-}
-
-impl Drop for OpenOutput {
-    fn drop(&mut self) {
-        self.0.send_modify(|open| *open -= 1);
+        self.outputs.ended(within).await
     }
 }
 
