@@ -64,8 +64,8 @@ pub fn on_machine<F: Future<Output = ()>>(test: impl FnOnce(Arc<Machine>) -> F) 
         // On the runtime's own thread: QEMU goes with the thread that started it, and a
         // test's thread ends with its test.
         let booted = runtime.spawn(async {
-            // Its folder goes with the pod, which lives as long as the tests.
             let pod = Box::leak(Box::new(Pod::new()));
+            remove_at_end(pod.folder.path());
             Arc::new(Machine::boot(pod).await)
         });
         let machine = runtime.block_on(booted).expect("the shared machine");
@@ -76,6 +76,18 @@ pub fn on_machine<F: Future<Output = ()>>(test: impl FnOnce(Arc<Machine>) -> F) 
             .await
             .expect("test takes too long");
     });
+}
+
+/// Removes the folder when this process ends, which drops nothing that is shared: a shell sees
+/// the end of its stdin then.
+fn remove_at_end(folder: &Path) {
+    let shell = Command::new("sh")
+        .args(["-c", "read -r _; rm -rf \"$0\""])
+        .arg(folder)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    Box::leak(Box::new(shell));
 }
 
 /// The disks of a pod, which outlive its machine.
