@@ -25,7 +25,7 @@ pub async fn create(cgroups_path: &str, cpu_shares: Option<u64>) -> Result<Cgrou
     let hierarchies = Hierarchies::of_host()?;
     let ours = |controller: &str| is_ours(&hierarchies, controller);
     let group = hierarchies.make(cgroups_path, ours).await?;
-    if let Err(error) = share(&group, cpu_shares) {
+    if let Err(error) = share(&hierarchies, &group, cpu_shares) {
         if let Err(error) = group.remove().await {
             log::warn!("{}", error.chain());
         }
@@ -34,16 +34,19 @@ pub async fn create(cgroups_path: &str, cpu_shares: Option<u64>) -> Result<Cgrou
     Ok(group)
 }
 
-fn share(group: &Cgroup, cpu_shares: Option<u64>) -> io::Result<()> {
+fn share(hierarchies: &Hierarchies, group: &Cgroup, cpu_shares: Option<u64>) -> io::Result<()> {
     let Some(shares) = cpu_shares else {
         return Ok(());
     };
     let shares = shares.max(SHARES_MIN);
     for (controller, dir) in group.places() {
+        if !is_ours(hierarchies, &controller) {
+            continue;
+        }
         if controller == "cpu" {
             fs::write(dir.join("cpu.shares"), shares.to_string())?;
         } else if controller.is_empty() {
-            // A hybrid host's has none, and elsewhere it may not be enabled for this level.
+            // The controller may not be enabled for this level.
             let weight = weight_of(shares);
             if let Err(error) = fs::write(dir.join("cpu.weight"), weight.to_string()) {
                 log::debug!("{}: {error}", dir.join("cpu.weight").display());

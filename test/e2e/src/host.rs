@@ -137,48 +137,48 @@ pub fn shim_of(pod: &str) -> Result<Pid> {
 /// # Errors
 /// There is none.
 pub fn process(wanted: impl Fn(&str) -> bool) -> Result<Pid> {
-    let found = entries("/proc").into_iter().find_map(|folder| {
-        let pid = folder.file_name()?.to_str()?.parse().ok()?;
-        let command = fs::read(folder.join("cmdline")).ok()?;
-        wanted(&String::from_utf8_lossy(&command)).then_some(Pid::from_raw(pid))
-    });
-    found.context("no such process")
+    let found = all_processes().find(|(_, _, command)| wanted(command));
+    Ok(found.context("no such process")?.0)
 }
 
 /// The environment's processes, with their command lines.
 pub(crate) fn processes(dir: &Path) -> Vec<(Pid, String)> {
     let dir = dir.to_string_lossy();
     let (mark, inside) = (format!("DYAD_ENVIRONMENT={dir}"), format!("{dir}/"));
-    let mut found = Vec::new();
-    for folder in entries("/proc") {
-        let name = folder.file_name().unwrap_or_default().to_string_lossy();
-        let Ok(pid) = name.parse().map(Pid::from_raw) else {
-            continue;
-        };
-        if pid == Pid::this() {
-            continue;
-        }
-        let read = |name: &str| {
-            let bytes = fs::read(folder.join(name)).unwrap_or_default();
-            String::from_utf8_lossy(&bytes).replace('\0', " ")
-        };
-        let command = read("cmdline");
+    let is_ours = |folder: &Path, command: &str| {
         // The line of a container's root names the folder of its snapshots.
         let root_is_inside = || {
-            let mounts = read("mountinfo");
+            let mounts = words(&folder.join("mountinfo"));
             let root = mounts
                 .lines()
                 .find(|line| line.split(' ').nth(4) == Some("/"));
             root.is_some_and(|line| line.contains(&inside))
         };
-        if command.contains(&inside)
-            || read("environ").split(' ').any(|entry| entry == mark)
+        command.contains(&inside)
+            || words(&folder.join("environ"))
+                .split(' ')
+                .any(|entry| entry == mark)
             || root_is_inside()
-        {
-            found.push((pid, command));
-        }
-    }
-    found
+    };
+    all_processes()
+        .filter(|(_, folder, command)| is_ours(folder, command))
+        .map(|(pid, _, command)| (pid, command))
+        .collect()
+}
+
+/// Every process but this one: its pid, its folder in /proc, its command line.
+fn all_processes() -> impl Iterator<Item = (Pid, PathBuf, String)> {
+    entries("/proc").into_iter().filter_map(|folder| {
+        let pid = Pid::from_raw(folder.file_name()?.to_str()?.parse().ok()?);
+        let command = words(&folder.join("cmdline"));
+        (pid != Pid::this()).then_some((pid, folder, command))
+    })
+}
+
+/// What a file of /proc holds, whose words end with zeros.
+fn words(file: &Path) -> String {
+    let bytes = fs::read(file).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).replace('\0', " ")
 }
 
 fn mounts(dir: &Path) -> Vec<String> {

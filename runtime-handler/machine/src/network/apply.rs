@@ -222,7 +222,7 @@ where
                     .build()
                     .context(|| format!("{what}: start a runtime"))?;
                 runtime.block_on(async {
-                    let (handle, _driver) = open_rtnetlink()?;
+                    let (handle, _driver) = open_rtnetlink().context(|| what.into())?;
                     work(handle).await
                 })
             })();
