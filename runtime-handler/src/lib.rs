@@ -5,17 +5,11 @@
 //! neither knowing the other: `container/` (an OCI runtime) and `machine/` (a
 //! libvirt domain with our agent in it). Nothing here knows a containerd type.
 
-pub mod cgroup;
 pub mod check;
 pub mod config;
 pub mod error;
-pub mod fake;
 pub mod handler;
 pub mod migration;
-pub mod outlet;
-pub mod program;
-pub mod pump;
-pub mod reaper;
 pub mod spec;
 pub mod stats;
 

@@ -12,7 +12,7 @@ use dyad_agent_api::link::port::Port;
 use dyad_agent_api::link::{PORT_NAME, VSOCK_PORT, vsock};
 use dyad_agent_api::proto::agent_ttrpc::create_sandbox;
 use dyad_agent_api::task_api::shim_async::create_task;
-use dyad_runtime_handler::reaper::Reaper;
+use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::{Error, Result, error::Context};
 use nix::unistd::Pid;
 use rustix::process::setpriority_process;

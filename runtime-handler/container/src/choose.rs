@@ -12,11 +12,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use dyad_runtime_handler::cgroup::Hierarchies;
+use dyad_linux::cgroup::Hierarchies;
+use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::check::Check;
 use dyad_runtime_handler::config::ContainerConfig;
 use dyad_runtime_handler::error::{Error, Result};
-use dyad_runtime_handler::reaper::Reaper;
 use serde::{Deserialize, Serialize};
 
 use crate::migration;

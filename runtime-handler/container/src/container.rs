@@ -18,10 +18,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use dyad_runtime_handler::cgroup::{Cgroup, Hierarchies, OomWatch};
+use dyad_linux::cgroup::{Cgroup, Hierarchies, OomWatch};
+use dyad_linux::pump::{Ends, Pump, Unread};
 use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::handler::{EventSender, Instance, ProcessId};
-use dyad_runtime_handler::pump::{Ends, Pump, Unread};
 use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, RootMount, Stdio};
 use dyad_runtime_handler::stats::Stats;
 use oci_spec::runtime::Process as OciProcess;

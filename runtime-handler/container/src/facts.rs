@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use dyad_runtime_handler::cgroup::is_systemd;
+use dyad_linux::cgroup::is_systemd;
 use dyad_runtime_handler::spec::ContainerSpec;
 use oci_spec::runtime::{Hook, LinuxIdMapping, LinuxNamespaceType, Process as OciProcess, Spec};
 

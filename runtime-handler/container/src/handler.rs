@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use async_trait::async_trait;
-use dyad_runtime_handler::cgroup::{Cgroup, Hierarchies, is_systemd};
+use dyad_linux::cgroup::{Cgroup, Hierarchies, is_systemd};
+use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::config::{ContainerConfig, Kind};
 use dyad_runtime_handler::error::{Context as _, Error, Result};
 use dyad_runtime_handler::handler::{ContainerRef, EventSender, Instance, RuntimeHandler};
 use dyad_runtime_handler::migration::{Migration, source_of};
-use dyad_runtime_handler::reaper::Reaper;
 use dyad_runtime_handler::spec::{ContainerSpec, Role};
 use tokio::sync::OnceCell;
 

@@ -11,12 +11,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dyad_runtime_handler::cgroup::{Cgroup, OomWatch};
+use dyad_linux::cgroup::{Cgroup, OomWatch};
+use dyad_linux::outlet::Outlet;
+use dyad_linux::pump::Pump;
+use dyad_linux::reaper::{Reaper, Waiter};
 use dyad_runtime_handler::error::{Error, Result};
 use dyad_runtime_handler::handler::{Event, EventSender, Exit, ProcessId};
-use dyad_runtime_handler::outlet::Outlet;
-use dyad_runtime_handler::pump::Pump;
-use dyad_runtime_handler::reaper::{Reaper, Waiter};
 use nix::errno::Errno;
 use tokio::sync::watch;
 

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use dyad_linux::pump::{Ends, Fd};
+use dyad_linux::reaper::{Reaper, Waiter};
 use dyad_runtime_handler::error::{Context, Error, Result};
-use dyad_runtime_handler::pump::{Ends, Fd};
-use dyad_runtime_handler::reaper::{Reaper, Waiter};
 
 use crate::command::{Command, Global, classify, error_in_log};
 

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use common::{BOUND, Ends, Pod, read_now, read_until, run};
 use dyad_container::{pod_uuid, socket_path};
+use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::handler::{Instance, ProcessId};
 use dyad_runtime_handler::migration::{
     Arrival, Hurry, Migration, MigrationParameters, MigrationProgress, Sent, Stage,
 };
-use dyad_runtime_handler::reaper::Reaper;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};

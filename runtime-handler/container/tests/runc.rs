@@ -6,8 +6,8 @@ use std::fs;
 use std::time::Duration;
 
 use common::{BOUND, Pod, cgroups_named, read_now, read_until, run};
+use dyad_linux::cgroup::Hierarchies;
 use dyad_runtime_handler::Error;
-use dyad_runtime_handler::cgroup::Hierarchies;
 use dyad_runtime_handler::handler::{ContainerRef, Event};
 use dyad_runtime_handler::spec::{Resources, Role, Stdio};
 use serde_json::json;

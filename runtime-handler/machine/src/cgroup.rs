@@ -8,7 +8,7 @@
 use std::fs;
 use std::io;
 
-use dyad_runtime_handler::cgroup::{Cgroup, Hierarchies};
+use dyad_linux::cgroup::{Cgroup, Hierarchies};
 use dyad_runtime_handler::error::{Context, Result};
 
 /// cgroup v1's `cpu.shares` may not be less.

@@ -28,8 +28,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use dyad_linux::cgroup::Hierarchies;
 use dyad_runtime_handler::Error;
-use dyad_runtime_handler::cgroup::Hierarchies;
 use dyad_runtime_handler::config::{MachineConfig, annotation};
 use dyad_runtime_handler::error::{Context, Result};
 use dyad_runtime_handler::handler::{EventSender, MachineInfo, ProcessId};

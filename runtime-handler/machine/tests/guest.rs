@@ -17,9 +17,9 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant, SystemTime};
 
 use dyad_agent_api::link::host::{BoxReader, BoxWriter, Client};
+use dyad_linux::pump::Fd;
 use dyad_machine::guest::{Agent, CreateOptions, SetupRequest};
 use dyad_runtime_handler::Error;
-use dyad_runtime_handler::pump::Fd;
 use dyad_runtime_handler::spec::{ExecSpec, Stdio};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;

@@ -4,10 +4,10 @@
 use std::io::Write as _;
 use std::process::ExitCode;
 
+use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::Result;
 use dyad_runtime_handler::config::Kind;
 use dyad_runtime_handler::error::Context as _;
-use dyad_runtime_handler::reaper::Reaper;
 use dyad_shim::{Backend, BackendContext, HandlerFuture};
 
 fn main() -> ExitCode {

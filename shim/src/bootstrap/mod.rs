@@ -88,5 +88,5 @@ fn program_name(kind: Kind) -> &'static str {
 
 /// The program that serves `kind`: it lies beside this one.
 fn program(kind: Kind) -> Result<PathBuf> {
-    dyad_runtime_handler::program::beside(program_name(kind))
+    dyad_linux::program::beside(program_name(kind))
 }

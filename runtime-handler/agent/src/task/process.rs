@@ -18,8 +18,8 @@ use std::time::Duration;
 
 use dyad_agent_api::link::guest::{InputSource, Link, OutputSink};
 use dyad_agent_api::link::{StdFd, StreamKey};
+use dyad_linux::reaper::{Reaper, Waiter};
 use dyad_runtime_handler::handler::{Exit, ProcessId};
-use dyad_runtime_handler::reaper::{Reaper, Waiter};
 use dyad_runtime_handler::{Error, Result, error::Context};
 use nix::fcntl::OFlag;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};

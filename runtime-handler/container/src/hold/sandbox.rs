@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use dyad_runtime_handler::cgroup::{Cgroup, Hierarchies};
+use dyad_linux::cgroup::{Cgroup, Hierarchies};
+use dyad_linux::pump::Pump;
+use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::handler::{EventSender, Instance, ProcessId};
-use dyad_runtime_handler::pump::Pump;
-use dyad_runtime_handler::reaper::Reaper;
 use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, Stdio};
 use dyad_runtime_handler::stats::Stats;
 use serde::{Deserialize, Serialize};

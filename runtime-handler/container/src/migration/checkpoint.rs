@@ -13,8 +13,8 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use dyad_linux::pump::{self, Unread};
 use dyad_runtime_handler::error::{Context, Error, Result};
-use dyad_runtime_handler::pump::{self, Unread};
 use dyad_runtime_handler::spec::RootMount;
 use oci_spec::runtime::{Mount, Spec};
 use uuid::Uuid;

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dyad_linux::pump::Unread;
 use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::migration::{MigrationParameters, MigrationProgress, Sent, Stage};
-use dyad_runtime_handler::pump::Unread;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;

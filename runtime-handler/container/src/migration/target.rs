@@ -17,10 +17,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dyad_linux::pump::Unread;
 use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::handler::ProcessId;
 use dyad_runtime_handler::migration::Arrival;
-use dyad_runtime_handler::pump::Unread;
 use tokio::time::timeout;
 
 use super::Scratch;

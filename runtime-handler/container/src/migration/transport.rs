@@ -17,10 +17,10 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use dyad_linux::program;
+use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::config::ContainerConfig;
 use dyad_runtime_handler::error::{Context, Error, Result};
-use dyad_runtime_handler::program;
-use dyad_runtime_handler::reaper::Reaper;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};

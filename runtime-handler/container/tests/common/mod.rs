@@ -11,12 +11,12 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use dyad_container::{Containers, Folders};
+use dyad_linux::pump::Fd;
+use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::config::{ContainerConfig, annotation};
 use dyad_runtime_handler::handler::{
     ContainerRef, Event, Exit, Instance, ProcessId, RuntimeHandler,
 };
-use dyad_runtime_handler::pump::Fd;
-use dyad_runtime_handler::reaper::Reaper;
 use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, PodInfo, Role, RootMount, Stdio};
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
@@ -405,7 +405,7 @@ impl Drop for Pod {
         for dir in cgroups_named(&self.id) {
             let pids = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
             for pid in pids.lines().filter_map(|pid| pid.parse().ok()) {
-                let _ = dyad_runtime_handler::reaper::kill_raw(pid, libc::SIGKILL);
+                let _ = dyad_linux::reaper::kill_raw(pid, libc::SIGKILL);
             }
         }
         let rootfs = self.bundle().join("rootfs");

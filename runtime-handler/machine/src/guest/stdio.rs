@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use dyad_agent_api::link::host::{InputWriter, OutputReader};
 use dyad_agent_api::link::{StreamError, StreamKey};
-use dyad_runtime_handler::outlet::{OpenOutputs, Outlet};
-use dyad_runtime_handler::pump::Fd;
+use dyad_linux::outlet::{OpenOutputs, Outlet};
+use dyad_linux::pump::Fd;
 use log::warn;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;

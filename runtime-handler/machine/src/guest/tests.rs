@@ -12,7 +12,7 @@ use dyad_agent_api::proto::agent_ttrpc::{Sandbox, create_sandbox};
 use dyad_agent_api::task_api::shim_async::{Task, create_task};
 use dyad_agent_api::ttrpc::r#async::TtrpcContext;
 use dyad_agent_api::ttrpc::{Code, Error as RpcError, Result as RpcResult, get_status};
-use dyad_runtime_handler::pump::Fd;
+use dyad_linux::pump::Fd;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 use oci_spec::runtime::Process;

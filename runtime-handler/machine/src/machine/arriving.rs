@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use dyad_linux::cgroup::Hierarchies;
 use dyad_runtime_handler::Error;
-use dyad_runtime_handler::cgroup::Hierarchies;
 use dyad_runtime_handler::error::{Context, Result};
 use dyad_runtime_handler::handler::ProcessId;
 use dyad_runtime_handler::migration::Arrival;

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime};
 
 use dyad_agent_api::proto::agent::{self as proto, SetupRequest};
+use dyad_linux::cgroup::Hierarchies;
 use dyad_runtime_handler::Error;
-use dyad_runtime_handler::cgroup::Hierarchies;
 use dyad_runtime_handler::error::{Context, Result};
 use dyad_runtime_handler::handler::Event;
 use log::{debug, warn};

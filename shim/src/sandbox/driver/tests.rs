@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use dyad_runtime_handler::fake::{Fake, Reply as FakeReply};
-use dyad_runtime_handler::handler::RuntimeHandler;
+use dyad_fake::{Fake, Reply as FakeReply};
 use dyad_runtime_handler::migration::{MigrationParameters, Tombstones};
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -55,8 +54,7 @@ impl TestPod {
         let (backend_events, seen) = mpsc::unbounded_channel();
         let fake = Fake::new(kind, backend_events);
         let (publisher, events) = mpsc::unbounded_channel();
-        let handler: Arc<dyn RuntimeHandler> = Arc::new(Arc::clone(&fake));
-        let driver = Driver::new(Pod { launch }, handler, commands, seen, publisher);
+        let driver = Driver::new(Pod { launch }, fake.handler(), commands, seen, publisher);
         Self {
             dir,
             sandbox,

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command as Program, Stdio};
 use std::sync::Arc;
 
+use dyad_linux::pump::Fd;
+use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::check::Check;
 use dyad_runtime_handler::config::ContainerConfig;
 use dyad_runtime_handler::error::{Error, Result};
-use dyad_runtime_handler::pump::Fd;
-use dyad_runtime_handler::reaper::Reaper;
 
 const MEND: &str = "install CRIU 4 (Debian 13, or its package criu of a newer suite) or name its binary by container.criu";
 

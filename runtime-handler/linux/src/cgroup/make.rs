@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::{Cgroup, Hierarchies};
-use crate::error::{Context, Result};
+use dyad_runtime_handler::error::{Context, Result};
 
 impl Hierarchies {
     /// The cgroup at `cgroups_path` (see [`Hierarchies::at`]), made where it is missing, with

@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use super::{Cgroup, Dirs, UNIFIED};
-use crate::error::{Context, Error, Result};
+use dyad_runtime_handler::error::{Context, Error, Result};
 
 /// The usual place of the v2 hierarchy, or of the directory of the v1 ones.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";

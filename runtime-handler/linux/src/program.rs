@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::error::{Context, Error, Result};
+use dyad_runtime_handler::error::{Context, Error, Result};
 
 /// The path of `name`, in the folder of the program that runs.
 ///

@@ -9,7 +9,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::{Cgroup, Dirs};
-use crate::error::{Context, Result};
+use dyad_runtime_handler::error::{Context, Result};
 
 /// Watches one cgroup. v2: `poll(2)` on `memory.events`, which costs no inotify
 /// instance (a host has 128 of them); v1: an eventfd on `memory.oom_control`.

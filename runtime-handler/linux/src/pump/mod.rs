@@ -35,8 +35,8 @@ use tokio::task::JoinSet;
 pub use fd::{Fd, peek};
 
 use crate::outlet::{OpenOutputs, Outlet};
-use crate::spec::Stdio;
 use carry::{copy, feed};
+use dyad_runtime_handler::spec::Stdio;
 use fd::{unread_bytes, write_some};
 
 /// How long a FIFO's reader may take once nothing more comes, and between two looks.

@@ -9,8 +9,8 @@ use std::path::Path;
 use std::str::FromStr;
 
 use super::{Cgroup, Dirs, is_gone};
-use crate::error::{Error, Result};
-use crate::stats::{CpuStats, Hierarchy, IoStats, MemoryStats, PidsStats, Stats};
+use dyad_runtime_handler::error::{Error, Result};
+use dyad_runtime_handler::stats::{CpuStats, Hierarchy, IoStats, MemoryStats, PidsStats, Stats};
 
 /// v1 tells user and system time in ticks of `USER_HZ`, which is 100 on every
 /// architecture that Linux gives to user space.

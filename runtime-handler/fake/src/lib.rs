@@ -14,14 +14,16 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use tokio::sync::{oneshot, watch};
 
-use crate::config::Kind;
-use crate::error::{Error, Result};
-use crate::handler::{
+use dyad_runtime_handler::config::Kind;
+use dyad_runtime_handler::error::{Error, Result};
+use dyad_runtime_handler::handler::{
     ContainerRef, Event, EventSender, Exit, Instance, ProcessId, Reboot, RuntimeHandler,
 };
-use crate::migration::{Arrival, Hurry, Migration, MigrationParameters, MigrationProgress, Sent};
-use crate::spec::{ContainerSpec, ExecSpec, Resources, Role, Stdio};
-use crate::stats::{CpuStats, Hierarchy, MemoryStats, PidsStats, Stats};
+use dyad_runtime_handler::migration::{
+    Arrival, Hurry, Migration, MigrationParameters, MigrationProgress, Sent,
+};
+use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, Role, Stdio};
+use dyad_runtime_handler::stats::{CpuStats, Hierarchy, MemoryStats, PidsStats, Stats};
 
 /// What one call shall do.
 #[derive(Debug)]
@@ -73,6 +75,11 @@ impl Fake {
             calls: watch::Sender::new(Vec::new()),
             next_pid: AtomicU32::new(1000),
         })
+    }
+
+    /// The trait object that a driver takes.
+    pub fn handler(self: &Arc<Self>) -> Arc<dyn RuntimeHandler> {
+        Arc::new(Handler(Arc::clone(self)))
     }
 
     /// Puts a reply in line for the next call of `method`, named as in the trait
@@ -180,24 +187,26 @@ impl FakeInstance {
     }
 }
 
-/// [`Fake`] as the trait object that a driver takes.
+/// [`Fake`] as the driver takes it. A type of its own, for its instances share the [`Fake`].
+struct Handler(Arc<Fake>);
+
 #[async_trait]
-impl RuntimeHandler for Arc<Fake> {
+impl RuntimeHandler for Handler {
     fn kind(&self) -> Kind {
-        self.kind
+        self.0.kind
     }
 
     async fn create(&self, spec: ContainerSpec) -> Result<Arc<dyn Instance>> {
-        self.call("create", &spec.id).await?;
+        self.0.call("create", &spec.id).await?;
         let instance = Arc::new(FakeInstance {
             id: spec.id.clone(),
             role: spec.role,
-            fake: Arc::clone(self),
+            fake: Arc::clone(&self.0),
             running: Mutex::default(),
             execs: Mutex::default(),
-            pid: self.pid(),
+            pid: self.0.pid(),
         });
-        let mut script = lock(&self.script);
+        let mut script = lock(&self.0.script);
         if script.instances.contains_key(&spec.id) {
             return Err(Error::AlreadyExists(format!("container {}", spec.id)));
         }
@@ -206,13 +215,13 @@ impl RuntimeHandler for Arc<Fake> {
     }
 
     async fn cleanup(&self, container: &ContainerRef) -> Result<()> {
-        self.call("cleanup", &container.id).await?;
-        lock(&self.script).instances.remove(&container.id);
+        self.0.call("cleanup", &container.id).await?;
+        lock(&self.0.script).instances.remove(&container.id);
         Ok(())
     }
 
     fn migration(&self) -> Result<&dyn Migration> {
-        Ok(&**self)
+        Ok(&*self.0)
     }
 }
 
@@ -413,7 +422,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::spec::PodInfo;
+    use dyad_runtime_handler::spec::PodInfo;
 
     fn spec(id: &str) -> ContainerSpec {
         ContainerSpec {
@@ -433,7 +442,7 @@ mod tests {
     async fn calls_are_written_down_and_exits_injected() {
         let (events, mut seen) = mpsc::unbounded_channel();
         let fake = Fake::new(Kind::Container, events);
-        let web = fake.create(spec("web")).await.unwrap();
+        let web = fake.handler().create(spec("web")).await.unwrap();
         let pid = web.start(None).await.unwrap();
         assert_eq!(web.pids().await.unwrap(), [(pid, None)]);
         assert!(fake.exit(&ProcessId::init("web"), 3));
@@ -451,9 +460,10 @@ mod tests {
         let fake = Fake::new(Kind::Container, events);
         let end = fake.hold("create");
         fake.next("create", Reply::Fail(Error::NotFound("image".into())));
-        let (first, second) = tokio::join!(fake.create(spec("a")), async {
+        let handler = fake.handler();
+        let (first, second) = tokio::join!(handler.create(spec("a")), async {
             fake.called("create a").await;
-            let second = fake.create(spec("b")).await;
+            let second = handler.create(spec("b")).await;
             assert!(fake.containers().is_empty(), "the first is still under way");
             end.send(Ok(())).unwrap();
             second

@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use crate::error::{Context, Error, Result};
 use crate::reaper::kill_raw;
+use dyad_runtime_handler::error::{Context, Error, Result};
 
 pub use oom::OomWatch;
 pub use paths::{Hierarchies, is_systemd};

@@ -28,7 +28,7 @@ use nix::unistd::Pid;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
-use crate::handler::Exit;
+use dyad_runtime_handler::handler::Exit;
 
 /// How many exits of unknown pids are kept for a later [`Reaper::claim`]. A pod that
 /// shares the host's pid namespace sends us all its orphans; the one that is looked

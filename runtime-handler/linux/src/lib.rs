@@ -1,0 +1,11 @@
+//! What Linux gives, said once for the host and the guest: cgroups, child processes, owned
+//! descriptors and the copying of stdio.
+//!
+//! Both backends and the guest's init use it. It knows the contract's plain types (errors,
+//! statistics, exits) and no trait of it.
+
+pub mod cgroup;
+pub mod outlet;
+pub mod program;
+pub mod pump;
+pub mod reaper;
