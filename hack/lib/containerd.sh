@@ -22,7 +22,7 @@ free_subnet() {
     seed=$((16#$(short_hash "$1") % 16128))
     for ((i = 0; i < 256; i++)); do
         subnet=10.$((192 + (seed + i) % 16128 / 256)).$(((seed + i) % 256))
-        if ! ip -4 route show root 10.0.0.0/8 | grep -qF "$subnet."; then
+        if ! grep -qF "$subnet." <(ip -4 route show root 10.0.0.0/8); then
             printf '%s\n' "$subnet"
             return
         fi

@@ -95,7 +95,9 @@ remove_made_folders_here() {
     local list=$DYAD_CACHE/made-folders folder
     [ -e "$list" ] || return 0
     while read -r folder; do
-        if [ -d "$folder" ] && ! cat /proc/[0-9]*/mountinfo 2>/dev/null | grep -qF " $folder "; then
+        # One program and no pipe: with pipefail, a `cat` whose reader has found the line ends as a failure, and the
+        # folder of an environment that is up would count as unused.
+        if [ -d "$folder" ] && ! grep -qsF " $folder " /proc/[0-9]*/mountinfo; then
             rmdir "$folder" 2>/dev/null || true
         fi
         [ ! -d "$folder" ] || printf '%s\n' "$folder"

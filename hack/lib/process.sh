@@ -107,7 +107,7 @@ environment_processes() {
     for proc in /proc/[0-9]*; do
         pid=${proc#/proc/}
         if [ "$pid" = $$ ] || [ "$pid" = "$BASHPID" ]; then continue; fi
-        if tr '\0' '\n' 2>/dev/null <"$proc/environ" | grep -qxF "DYAD_ENVIRONMENT=$dir" ||
+        if grep -zqsxF "DYAD_ENVIRONMENT=$dir" "$proc/environ" ||
             awk -v dir="$dir/" '$5 == "/" && index($0, dir) { found = 1 } END { exit !found }' "$proc/mountinfo" 2>/dev/null; then
             is_zombie "$pid" || printf '%s\n' "$pid"
         fi
