@@ -7,6 +7,8 @@
 //! nearest known key.
 
 mod annotations;
+#[cfg(test)]
+mod documented;
 mod fields;
 
 use std::path::{Path, PathBuf};
