@@ -29,8 +29,8 @@ impl std::fmt::Display for Kind {
 }
 
 /// The annotations that a pod may carry where the configuration allows them, by exact
-/// name. All are for machines; containers take no notice, so that the same Pod runs as
-/// either.
+/// name. Both kinds accept all of them, so that the same Pod runs as either; those of
+/// migration mean the same for both, and the others have no effect on containers.
 pub mod annotation {
     /// What the machine boots: `image`, the pod's images under our kernel and agent.
     pub const BOOT: &str = "dyad.dev/boot";
