@@ -7,9 +7,9 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::client::Change;
-use crate::commands::migrate::MigrateArguments;
 use crate::duration::{parse_grace, parse_timeout};
 use crate::error::EXIT_CODES;
+use crate::migration::After;
 use crate::resolve::Word;
 use crate::text::Format;
 
@@ -147,6 +147,66 @@ pub struct PodArgument {
     /// Name, uid, sandbox id or container id, or the beginning of one
     #[arg(value_name = "POD[/CONTAINER]")]
     pub pod: Word,
+}
+
+/// How to move.
+#[derive(Debug, Args)]
+pub struct MigrateArguments {
+    /// What moves.
+    #[command(flatten)]
+    pub pod: PodArgument,
+    /// Where to: a machine to the other node's libvirt (qemu+tls://node2/system), containers to
+    /// the target pod's migration socket or address
+    #[arg(long, value_name = "URI", required_unless_present = "cancel")]
+    pub to: Option<String>,
+    /// First make the target pod, over this CRI endpoint of the other node's containerd (for
+    /// setups without an API server); it is removed again if the pod does not arrive
+    #[arg(long, value_name = "ENDPOINT", requires = "to")]
+    pub create_target: Option<String>,
+    /// The CRI endpoint of this node's containerd, which knows how the pod was asked for
+    #[arg(
+        long,
+        value_name = "ENDPOINT",
+        env = "CONTAINER_RUNTIME_ENDPOINT",
+        default_value = "unix:///run/containerd/containerd.sock"
+    )]
+    pub runtime_endpoint: String,
+    /// Give up the migration that is under way
+    #[arg(long, conflicts_with = "to")]
+    pub cancel: bool,
+    /// Machine: where the memory goes: tcp://HOST[:PORT] or unix:///PATH [default: libvirt's choice]
+    #[arg(long, value_name = "URI")]
+    pub migrate_uri: Option<String>,
+    /// Machine: where the disks go [default: as the memory]
+    #[arg(long, value_name = "URI")]
+    pub disks_uri: Option<String>,
+    /// At most so many MiB per second
+    #[arg(long, value_name = "MIB", default_value_t = 0)]
+    pub bandwidth: u64,
+    /// How long the pod may stand still at the switch [default: QEMU's 300ms]
+    #[arg(long, value_name = "TIME", value_parser = parse_timeout)]
+    pub max_downtime: Option<Duration>,
+    /// How long it may take in all
+    #[arg(long, value_name = "TIME", value_parser = parse_timeout)]
+    pub max_time: Option<Duration>,
+    /// What to do then
+    #[arg(long, value_enum, default_value_t, requires = "max_time")]
+    pub then: After,
+    /// Slow the pod down when it changes memory faster than it is copied
+    #[arg(long)]
+    pub auto_converge: bool,
+    /// Connections for the memory
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub parallel: u32,
+    /// Refuse to send anything that is not encrypted
+    #[arg(long, conflicts_with = "allow_clear")]
+    pub tls: bool,
+    /// Allow a network connection that is not encrypted
+    #[arg(long)]
+    pub allow_clear: bool,
+    /// Containers: take open TCP connections along, where the address moves too
+    #[arg(long)]
+    pub tcp_established: bool,
 }
 
 #[cfg(test)]

@@ -15,9 +15,9 @@ use nix::unistd::Uid;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use crate::commands::migrate::{After, Progress};
 use crate::duration::human;
 use crate::error::{Error, Result};
+use crate::migration::{After, MigrationRequest, Progress};
 use crate::model::{Machine, Pod, ShimProcess, Task, TaskState, Time, Transition};
 
 /// What a pod can be asked to do.
@@ -307,24 +307,6 @@ impl Transitions {
             Err(error) => Err(classify(self.asked.clone(), error)),
         }
     }
-}
-
-/// How a pod is to move.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub struct MigrationRequest {
-    pub destination: String,
-    pub migrate_uri: Option<String>,
-    pub disks_uri: Option<String>,
-    pub bandwidth_mib_s: u64,
-    pub max_downtime: Option<Duration>,
-    pub max_time: Option<Duration>,
-    pub then: After,
-    pub auto_converge: bool,
-    pub parallel: u32,
-    pub tls_required: bool,
-    pub allow_clear: bool,
-    pub tcp_established: bool,
 }
 
 impl MigrationRequest {

@@ -16,6 +16,7 @@ mod discover;
 mod duration;
 mod error;
 mod fleet;
+mod migration;
 mod model;
 mod program;
 mod resolve;

@@ -5,171 +5,19 @@ mod target;
 use std::io::IsTerminal as _;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
-use serde::Serialize;
+use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::{Instant, sleep};
 
 use self::target::{Cri, Target};
-use crate::args::{Options, PodArgument};
-use crate::client::{Client, MigrationRequest};
-use crate::duration::parse_timeout;
+use crate::args::{MigrateArguments, Options};
+use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::fleet::{Fleet, connect};
-use crate::text::{Format, Printer, printable};
+use crate::migration::{MigrationRequest, Progress};
+use crate::text::{Format, Printer};
 
 /// How long a target that was made just now may take to wait for its source.
 const SETTLE: Duration = Duration::from_secs(5);
-
-/// What to do when `--max-time` is over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub enum After {
-    /// Give up; the pod goes on here
-    #[default]
-    Abort,
-    /// Run the pod there now, and fetch the rest of its memory
-    PostCopy,
-    /// Stop the pod here, so that what is left can be copied
-    Pause,
-}
-
-/// How to move.
-#[derive(Debug, Args)]
-pub struct MigrateArguments {
-    /// What moves.
-    #[command(flatten)]
-    pub pod: PodArgument,
-    /// Where to: a machine to the other node's libvirt (qemu+tls://node2/system), containers to
-    /// the target pod's migration socket or address
-    #[arg(long, value_name = "URI", required_unless_present = "cancel")]
-    pub to: Option<String>,
-    /// First make the target pod, over this CRI endpoint of the other node's containerd (for
-    /// setups without an API server); it is removed again if the pod does not arrive
-    #[arg(long, value_name = "ENDPOINT", requires = "to")]
-    pub create_target: Option<String>,
-    /// The CRI endpoint of this node's containerd, which knows how the pod was asked for
-    #[arg(
-        long,
-        value_name = "ENDPOINT",
-        env = "CONTAINER_RUNTIME_ENDPOINT",
-        default_value = "unix:///run/containerd/containerd.sock"
-    )]
-    pub runtime_endpoint: String,
-    /// Give up the migration that is under way
-    #[arg(long, conflicts_with = "to")]
-    pub cancel: bool,
-    /// Machine: where the memory goes: tcp://HOST[:PORT] or unix:///PATH [default: libvirt's choice]
-    #[arg(long, value_name = "URI")]
-    pub migrate_uri: Option<String>,
-    /// Machine: where the disks go [default: as the memory]
-    #[arg(long, value_name = "URI")]
-    pub disks_uri: Option<String>,
-    /// At most so many MiB per second
-    #[arg(long, value_name = "MIB", default_value_t = 0)]
-    pub bandwidth: u64,
-    /// How long the pod may stand still at the switch [default: QEMU's 300ms]
-    #[arg(long, value_name = "TIME", value_parser = parse_timeout)]
-    pub max_downtime: Option<Duration>,
-    /// How long it may take in all
-    #[arg(long, value_name = "TIME", value_parser = parse_timeout)]
-    pub max_time: Option<Duration>,
-    /// What to do then
-    #[arg(long, value_enum, default_value_t, requires = "max_time")]
-    pub then: After,
-    /// Slow the pod down when it changes memory faster than it is copied
-    #[arg(long)]
-    pub auto_converge: bool,
-    /// Connections for the memory
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub parallel: u32,
-    /// Refuse to send anything that is not encrypted
-    #[arg(long, conflicts_with = "allow_clear")]
-    pub tls: bool,
-    /// Allow a network connection that is not encrypted
-    #[arg(long)]
-    pub allow_clear: bool,
-    /// Containers: take open TCP connections along, where the address moves too
-    #[arg(long)]
-    pub tcp_established: bool,
-}
-
-/// How far a migration is: keys of `-o json`, one object a line.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Progress {
-    /// Counts this shim's migrations.
-    pub migration: u64,
-    /// checking, preparing, copying, switching, fetching, finishing; completed, abandoned,
-    /// lost; none.
-    pub stage: &'static str,
-    /// Why it was abandoned or lost.
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub reason: String,
-    /// Where to.
-    pub destination: String,
-    /// Bytes copied.
-    pub bytes_done: u64,
-    /// Bytes to copy.
-    pub bytes_total: u64,
-    /// Bytes still to copy.
-    pub bytes_remaining: u64,
-    /// Bytes per second.
-    pub rate: u64,
-    /// Bytes per second that the pod changes.
-    pub dirty_rate: u64,
-    /// While unknown: absent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub expected_downtime_us: Option<u64>,
-    /// Once known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub downtime_us: Option<u64>,
-    /// Since it was asked for.
-    pub elapsed_ms: u64,
-}
-
-impl Progress {
-    fn is_over(&self) -> bool {
-        matches!(self.stage, "completed" | "abandoned" | "lost" | "none")
-    }
-
-    /// The figures that matter in this stage.
-    pub fn line(&self) -> String {
-        let mut line = self.stage.to_owned();
-        if self.bytes_total != 0 && !self.is_over() {
-            line.push_str(&format!(
-                " {} of {}, {}/s, changing {}/s",
-                HumanBytes(self.bytes_done),
-                HumanBytes(self.bytes_total),
-                HumanBytes(self.rate),
-                HumanBytes(self.dirty_rate)
-            ));
-        }
-        if let Some(us) = self.expected_downtime_us.filter(|_| !self.is_over()) {
-            line.push_str(&format!(", would stand still {} ms", us.div_ceil(1000)));
-        }
-        if self.stage == "completed" {
-            line.push_str(&format!(" in {:.1} s", self.elapsed_ms as f64 / 1000.0));
-            if let Some(us) = self.downtime_us {
-                line.push_str(&format!(", stood still {} ms", us.div_ceil(1000)));
-            }
-        }
-        if !self.reason.is_empty() {
-            line.push_str(": ");
-            line.push_str(&printable(&self.reason));
-        }
-        line
-    }
-
-    /// What the end of a migration means for whoever asked for it.
-    fn outcome(self) -> Result<()> {
-        match self.stage {
-            "completed" => Ok(()),
-            stage => Err(Error::Failed {
-                context: format!("the migration is {stage}: {}", self.reason),
-                source: None,
-            }),
-        }
-    }
-}
 
 /// Moves what was named, or gives that up.
 ///
@@ -292,44 +140,4 @@ fn bar(printer: Printer) -> Option<ProgressBar> {
     let style = ProgressStyle::with_template("{bar:30} {percent:>3}% {msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     Some(ProgressBar::new(1).with_style(style))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn progress(stage: &'static str) -> Progress {
-        Progress {
-            migration: 1,
-            stage,
-            reason: String::new(),
-            destination: "qemu+tls://n/system".into(),
-            bytes_done: 1 << 20,
-            bytes_total: 4 << 20,
-            bytes_remaining: 3 << 20,
-            rate: 1 << 20,
-            dirty_rate: 0,
-            expected_downtime_us: Some(45_100),
-            downtime_us: None,
-            elapsed_ms: 1500,
-        }
-    }
-
-    #[test]
-    fn a_line_tells_what_matters_in_its_stage() {
-        assert_eq!(
-            progress("copying").line(),
-            "copying 1.00 MiB of 4.00 MiB, 1.00 MiB/s, changing 0 B/s, would stand still 46 ms"
-        );
-        let completed = Progress {
-            downtime_us: Some(70_000),
-            ..progress("completed")
-        };
-        assert_eq!(completed.line(), "completed in 1.5 s, stood still 70 ms");
-        let abandoned = Progress {
-            reason: "no space\x1b[2J".into(),
-            ..progress("abandoned")
-        };
-        assert_eq!(abandoned.line(), "abandoned: no space\\u{1b}[2J");
-    }
 }
