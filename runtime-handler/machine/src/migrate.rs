@@ -22,6 +22,7 @@
 mod emulation;
 pub mod offer;
 mod transport;
+pub mod whereabouts;
 pub mod xml;
 
 pub use emulation::{blocker as emulation_blocker, older_qemu};

@@ -16,10 +16,11 @@ use tokio::sync::watch;
 
 use super::{Machine, POD_DISK_SERIAL, Power, lock};
 use crate::events::{Ending, Observed};
-use crate::libvirt::{self, Job, Libvirt, Of};
+use crate::libvirt::{self, Job, Libvirt, LibvirtError, Of};
 use crate::migrate::offer::{
     self, HANDOVER, Handover, OFFER, Offer, RECORD, Record, Traveller, Wanted,
 };
+use crate::migrate::whereabouts::{self, Reason, SETTLE_WITHIN, STANDSTILL, Sight, Verdict};
 use crate::migrate::xml::{self, Places};
 use crate::migrate::{Streams, emulation_blocker, older_qemu, streams};
 use crate::network::apply as network;
@@ -30,24 +31,17 @@ use crate::storage::apply as storage;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// libvirt needs half a minute to notice that a network is gone.
 const LOOK_AT_NETWORK_EVERY: Duration = Duration::from_secs(1);
-/// How long it may take until libvirt has an answer to where the machine runs.
-const SETTLE_WITHIN: Duration = Duration::from_secs(30);
-/// A machine that stands still on both sides for so long does not go on by itself.
-const STANDSTILL: Duration = Duration::from_secs(5);
 /// A job that was asked for begins within this, or never.
 const CANCEL_WITHIN: Duration = Duration::from_secs(5);
 /// The last output to its FIFOs.
 const HANDOVER_WITHIN: Duration = Duration::from_secs(2);
 
-/// Why post-copy cannot go back.
-const HALVES: &str = "it broke off after the switch, with the machine's memory in two halves";
-
 /// Where the machine runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Whereabouts {
     Here,
     There,
-    Nowhere(String),
+    Nowhere(Reason),
 }
 
 /// All that a migration needs to begin.
@@ -434,77 +428,68 @@ impl Machine {
         }
     }
 
-    /// Finds out where the machine runs, from both libvirts. A machine that stands still
-    /// here goes on only when it cannot run there: never two.
-    async fn settle(&self, destination: &Libvirt, done: bool) -> Whereabouts {
+    /// Finds out where the machine runs, from both libvirts; [`whereabouts`] decides.
+    async fn settle(&self, destination: &Libvirt, is_done: bool) -> Whereabouts {
         let uuid = self.record.uuid;
         let mut began = Instant::now();
         loop {
-            let here = self.libvirt.state(uuid).await;
-            match here {
-                Ok(Observed::Running) if !done => return Whereabouts::Here,
-                Ok(Observed::Off(Ending::Migrated) | Observed::Absent) if done => {
+            let sight = self.look(destination, is_done, began).await;
+            match whereabouts::decide(sight) {
+                Verdict::Here => return Whereabouts::Here,
+                Verdict::There => return Whereabouts::There,
+                Verdict::EndHere => {
+                    if let Err(error) = self.libvirt.destroy(uuid).await {
+                        warn!("{}", Error::from(error).chain());
+                    }
                     return Whereabouts::There;
                 }
-                Ok(here) => {
-                    let there = destination.state(uuid).await;
-                    debug!("machine {uuid}: here {here:?}, there {there:?}");
-                    let in_halves = self.post_copy.load(Ordering::Relaxed)
-                        && matches!(destination.is_in_post_copy(uuid).await, Ok(true));
-                    match (here, there) {
-                        // What is still here goes there, or the other side ends it.
-                        (Observed::Paused, Ok(Observed::Running)) if in_halves => {
-                            began = Instant::now();
+                Verdict::Resume => match self.libvirt.resume(uuid).await {
+                    Ok(()) => return Whereabouts::Here,
+                    Err(error) => {
+                        warn!("{}", Error::from(error).chain());
+                        if began.elapsed() > SETTLE_WITHIN {
+                            return Whereabouts::Nowhere(Reason::Unknown);
                         }
-                        (Observed::Off(ending), Ok(_))
-                            if in_halves && ending != Ending::Migrated =>
-                        {
-                            // It waits there for memory that is nowhere any more.
-                            if let Err(error) = destination.destroy(uuid).await {
-                                warn!("{}", Error::from(error).chain());
-                            }
-                            return Whereabouts::Nowhere(HALVES.into());
-                        }
-                        (Observed::Paused, Ok(Observed::Running)) => {
-                            // Its last word was lost on the way.
-                            if let Err(error) = self.libvirt.destroy(uuid).await {
-                                warn!("{}", Error::from(error).chain());
-                            }
-                            return Whereabouts::There;
-                        }
-                        (Observed::Off(_) | Observed::Absent, Ok(Observed::Running)) => {
-                            return Whereabouts::There;
-                        }
-                        (Observed::Running, _) => return Whereabouts::Here,
-                        _ if began.elapsed() < STANDSTILL => {}
-                        (Observed::Paused, Ok(_)) if self.post_copy.load(Ordering::Relaxed) => {
-                            return Whereabouts::Nowhere(HALVES.into());
-                        }
-                        (Observed::Paused, Ok(Observed::Off(_) | Observed::Absent)) => {
-                            match self.libvirt.resume(uuid).await {
-                                Ok(()) => return Whereabouts::Here,
-                                Err(error) => warn!("{}", Error::from(error).chain()),
-                            }
-                        }
-                        (
-                            Observed::Off(_) | Observed::Absent,
-                            Ok(Observed::Off(_) | Observed::Absent),
-                        ) => {
-                            return Whereabouts::Nowhere("it is off on both sides".into());
-                        }
-                        _ => {}
                     }
+                },
+                Verdict::EndThere => {
+                    if let Err(error) = destination.destroy(uuid).await {
+                        warn!("{}", Error::from(error).chain());
+                    }
+                    return Whereabouts::Nowhere(Reason::Halves);
                 }
-                Err(error) => debug!("{}", Error::from(error).chain()),
-            }
-            if began.elapsed() > SETTLE_WITHIN {
-                return Whereabouts::Nowhere(
-                    "it stands still here, and whether it runs there cannot be found out; it is not \
-                     resumed, since it could run twice"
-                        .into(),
-                );
+                Verdict::Nowhere(reason) => return Whereabouts::Nowhere(reason),
+                Verdict::Wait => {}
+                Verdict::WaitAnew => began = Instant::now(),
             }
             tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Asks both libvirts; the other one only where this one does not decide alone.
+    async fn look(&self, destination: &Libvirt, is_done: bool, began: Instant) -> Sight {
+        let uuid = self.record.uuid;
+        let answer = |what: Result<Observed, LibvirtError>| {
+            what.map_err(|error| debug!("{}", Error::from(error).chain()))
+                .ok()
+        };
+        let here = answer(self.libvirt.state(uuid).await);
+        let post_copy = self.post_copy.load(Ordering::Relaxed);
+        let (mut there, mut in_halves) = (None, None);
+        if here.is_some() && whereabouts::from_here(here, is_done).is_none() {
+            there = answer(destination.state(uuid).await);
+            if post_copy {
+                in_halves = destination.is_in_post_copy(uuid).await.ok();
+            }
+            debug!("machine {uuid}: here {here:?}, there {there:?}");
+        }
+        Sight {
+            here,
+            there,
+            is_done,
+            post_copy,
+            in_halves,
+            waited: began.elapsed(),
         }
     }
 
