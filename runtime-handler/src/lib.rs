@@ -12,5 +12,6 @@ pub mod handler;
 pub mod migration;
 pub mod spec;
 pub mod stats;
+pub mod sweep;
 
 pub use error::{Error, Result};

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use dyad_runtime_handler::Result;
 use dyad_runtime_handler::config::Kind;
 use dyad_runtime_handler::handler::{EventSender, RuntimeHandler};
+use dyad_runtime_handler::sweep::Swept;
 
 use crate::config::Config;
 
@@ -26,6 +27,9 @@ pub struct BackendContext {
 /// A handler in the making.
 pub type HandlerFuture = Pin<Box<dyn Future<Output = Result<Arc<dyn RuntimeHandler>>> + Send>>;
 
+/// A sweep under way.
+pub type SweepFuture = Pin<Box<dyn Future<Output = Vec<Swept>> + Send>>;
+
 /// The one backend that a program links.
 #[derive(Debug, Clone, Copy)]
 pub struct Backend {
@@ -36,4 +40,9 @@ pub struct Backend {
     pub handler: fn(BackendContext) -> HandlerFuture,
     /// The OCI runtime's features document (JSON) for `-info`, where there is one.
     pub features: fn(&Config) -> Result<Option<String>>,
+    /// Removes what pods of this kind left that nobody owns any more.
+    pub sweep: fn(Config) -> SweepFuture,
+    /// Whether something is known to be left, so that a sweep is to be tried again. Quick: it is
+    /// asked when a pod starts.
+    pub is_sweep_wanted: fn(&Config) -> bool,
 }

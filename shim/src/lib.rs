@@ -29,5 +29,5 @@ mod server;
 mod spec;
 mod stdio;
 
-pub use backend::{Backend, BackendContext, HandlerFuture};
+pub use backend::{Backend, BackendContext, HandlerFuture, SweepFuture};
 pub use bootstrap::main;

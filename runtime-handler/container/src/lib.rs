@@ -27,8 +27,10 @@ mod migration;
 mod process;
 mod rootfs;
 mod runtime;
+mod sweep;
 pub mod tls;
 
 pub use choose::{check, features};
 pub use handler::{Containers, Folders};
 pub use migration::{pod_uuid, socket_path};
+pub use sweep::{is_wanted as is_sweep_wanted, sweep};

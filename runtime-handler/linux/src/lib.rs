@@ -6,6 +6,7 @@
 
 pub mod cgroup;
 pub mod outlet;
+pub mod owner;
 pub mod program;
 pub mod pump;
 pub mod reaper;

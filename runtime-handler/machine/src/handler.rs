@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
+use dyad_linux::owner::Owner;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::config::{Kind, MachineConfig};
-use dyad_runtime_handler::error::Result;
+use dyad_runtime_handler::error::{Context as _, Result};
 use dyad_runtime_handler::handler::{
     ContainerRef, EventSender, Instance, MachineInfo, RuntimeHandler,
 };
@@ -19,9 +20,11 @@ use tokio::sync::watch;
 
 use crate::container::{Container, ContainerInstance};
 use crate::libvirt::Libvirt;
-use crate::machine::{self, Machine};
-use crate::record::{Folder, Record};
+use crate::machine::Machine;
+use crate::record::{Folder, Record, machine_uuid};
 use crate::sandbox::Sandbox;
+use crate::storage::apply::walkable_dir;
+use crate::sweep;
 
 /// Where the backend keeps its files.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +42,8 @@ pub struct Machines {
     events: EventSender,
     libvirt: Libvirt,
     machine: Mutex<Option<Arc<Machine>>>,
+    /// Says to whoever sweeps that the machine is ours.
+    owner: Mutex<Option<Owner>>,
 }
 
 /// The machine kind. Opens nothing: libvirt is connected at the first use. To be called,
@@ -58,6 +63,7 @@ pub fn new(
         events,
         libvirt,
         machine: Mutex::default(),
+        owner: Mutex::default(),
     }))
 }
 
@@ -73,6 +79,7 @@ impl Machines {
         if self.current().is_some_and(|machine| !machine.is_deleted()) {
             return Err(Error::AlreadyExists(name));
         }
+        let owner = self.own(&spec)?;
         let machine = Machine::create(
             Arc::clone(&self.config),
             self.paths.clone(),
@@ -81,8 +88,33 @@ impl Machines {
             &spec,
         )
         .await?;
+        *self.owner.lock().unwrap_or_else(PoisonError::into_inner) = Some(owner);
         *self.machine.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&machine));
         Ok(Arc::new(Sandbox::new(machine)))
+    }
+
+    /// Before anything else is made of the machine.
+    fn own(&self, spec: &ContainerSpec) -> Result<Owner> {
+        let uuid = machine_uuid(&spec.containerd_namespace, &spec.pod.sandbox_id);
+        let folder = Folder::new(&self.paths.state_dir, &self.paths.cache_dir, uuid);
+        for dir in [
+            &self.paths.cache_dir,
+            &self.paths.cache_dir.join("machines"),
+        ] {
+            if !dir.exists() {
+                walkable_dir(dir)?;
+            }
+        }
+        walkable_dir(&folder.dir)?;
+        let path = folder.owner_lock();
+        let owner = Owner::take(&path).context(|| format!("lock {}", path.display()))?;
+        owner.ok_or_else(|| {
+            Error::FailedPrecondition(format!(
+                "machine of pod {}: another process has {}; wait until it has ended",
+                spec.pod.sandbox_id,
+                path.display()
+            ))
+        })
     }
 
     fn current(&self) -> Option<Arc<Machine>> {
@@ -122,15 +154,11 @@ impl RuntimeHandler for Machines {
         if !folder.exists() {
             return Ok(());
         }
-        let mut record = match folder.load()? {
+        let record = match folder.load()? {
             Some(record) => record,
             None => bare.read_from_bundle(&container.bundle),
         };
-        if record.leaving && machine::left(&self.libvirt, &record).await {
-            record.moved = true;
-            folder.save(&record)?;
-        }
-        machine::remove(&self.libvirt, &folder, &record).await
+        sweep::reclaim(&self.libvirt, &folder, record).await
     }
 
     async fn afterwards(&self) {

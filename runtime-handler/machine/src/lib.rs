@@ -30,6 +30,8 @@ pub mod size;
 pub mod slots;
 pub mod spec;
 pub mod storage;
+mod sweep;
 pub mod volumes;
 
 pub use handler::{Machines, Paths, new};
+pub use sweep::{is_wanted as is_sweep_wanted, sweep};

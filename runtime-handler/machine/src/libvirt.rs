@@ -34,6 +34,7 @@ use virt::domain::Domain;
 use virt::error::{Error as VirtError, ErrorNumber};
 use virt::sys;
 
+use crate::domain::domain_name;
 use crate::events::{self, Change, Ending, Observed};
 
 /// How long a call waits for a libvirtd that restarts.
@@ -424,6 +425,30 @@ impl Libvirt {
                 libvirt: version(connection.get_lib_version()?),
                 qemu: version(connection.get_hyp_version()?),
             })
+        })
+        .await
+    }
+
+    /// UUID and definition of every domain of ours, running or not.
+    ///
+    /// # Errors
+    /// libvirt cannot be reached.
+    pub async fn domains(&self) -> Result<Vec<(Uuid, String)>, LibvirtError> {
+        self.call("list domains", Uuid::nil(), |connection| {
+            let mut found = Vec::new();
+            for domain in connection.list_all_domains(0)? {
+                let Ok(uuid) = domain.get_uuid() else {
+                    continue;
+                };
+                // One that is gone meanwhile has no name any more.
+                let is_ours = domain
+                    .get_name()
+                    .is_ok_and(|name| name == domain_name(uuid));
+                if let (true, Ok(xml)) = (is_ours, domain.get_xml_desc(0)) {
+                    found.push((uuid, xml));
+                }
+            }
+            Ok(found)
         })
         .await
     }
@@ -862,6 +887,24 @@ pub fn terminate_qemu(pid: u32, uuid: Uuid) -> bool {
             nix::sys::signal::Signal::SIGTERM,
         )
         .is_ok()
+}
+
+/// Kills the QEMU that runs this machine on this disk, and says whether there was one. libvirt is
+/// not asked: it may not answer.
+pub fn kill_qemu(uuid: Uuid, disk: &Path) -> bool {
+    let Ok(pid) = find_qemu(uuid, disk) else {
+        return false;
+    };
+    let Some(raw) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
+        return false;
+    };
+    let Ok(handle) = pidfd_open(raw, PidfdFlags::empty()) else {
+        return false;
+    };
+    // Looked at again with the handle in hand: from here on the pid stays this process's.
+    is_qemu(pid, uuid)
+        && names(pid, disk)
+        && rustix::process::pidfd_send_signal(handle, rustix::process::Signal::KILL).is_ok()
 }
 
 #[cfg(test)]

@@ -266,6 +266,7 @@ impl Machine {
             None => NetworkPlan::default(),
         };
 
+        record.bundle = Some(spec.bundle.clone());
         record.netns = sandbox.netns.clone();
         record.cgroups_path = sandbox.cgroups_path.clone();
         record.size = Some(wanted.size);

@@ -43,6 +43,10 @@ pub struct Record {
     pub sandbox_id: String,
     /// Its pod's containerd namespace.
     pub containerd_namespace: String,
+    /// The sandbox's bundle; containerd asks for a `delete` while it is there. `None`: an older
+    /// release wrote this.
+    #[serde(default)]
+    pub bundle: Option<PathBuf>,
     /// The pod's network namespace.
     pub netns: Option<PathBuf>,
     /// The pod's interfaces and their taps.
@@ -70,10 +74,20 @@ impl Record {
     /// A machine of which nothing is made yet.
     pub fn new(containerd_namespace: &str, sandbox_id: &str) -> Self {
         Self {
-            version: VERSION,
-            uuid: machine_uuid(containerd_namespace, sandbox_id),
             sandbox_id: sandbox_id.to_owned(),
             containerd_namespace: containerd_namespace.to_owned(),
+            ..Self::of_uuid(machine_uuid(containerd_namespace, sandbox_id))
+        }
+    }
+
+    /// A machine of which the UUID alone is known.
+    pub fn of_uuid(uuid: Uuid) -> Self {
+        Self {
+            version: VERSION,
+            uuid,
+            sandbox_id: String::new(),
+            containerd_namespace: String::new(),
+            bundle: None,
             netns: None,
             taps: Vec::new(),
             cgroups_path: None,
@@ -128,15 +142,59 @@ impl Folder {
         }
     }
 
-    /// Those of the host's other machines.
-    pub fn others(paths: &Paths, own: &Self) -> Vec<Self> {
+    /// Those of all machines of the host.
+    pub fn all(paths: &Paths) -> Vec<Self> {
         let names = std::fs::read_dir(paths.cache_dir.join("machines"));
         let names = names.into_iter().flatten().flatten();
         names
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
             .map(|uuid| Self::new(&paths.state_dir, &paths.cache_dir, uuid))
-            .filter(|folder| folder.dir != own.dir)
             .collect()
+    }
+
+    /// Those of the host's other machines.
+    pub fn others(paths: &Paths, own: &Self) -> Vec<Self> {
+        let mut all = Self::all(paths);
+        all.retain(|folder| folder.dir != own.dir);
+        all
+    }
+
+    /// The UUID that it is named after: its pod's, and so its machine's where that was made here.
+    ///
+    /// # Errors
+    /// It has another name.
+    pub fn uuid(&self) -> Result<Uuid> {
+        let name = self.dir.file_name().unwrap_or_default().to_string_lossy();
+        name.parse()
+            .context(|| format!("read the UUID in the name of {}", self.dir.display()))
+    }
+
+    /// What the shim that serves the machine has locked, see [`dyad_linux::owner`].
+    pub fn owner_lock(&self) -> PathBuf {
+        self.dir.join("owner.lock")
+    }
+
+    fn abandoned(&self) -> PathBuf {
+        self.dir.join("abandoned")
+    }
+
+    /// Notes that all of it is to go, so that whoever comes next goes on where this ends.
+    ///
+    /// # Errors
+    /// The folder is there and cannot be written.
+    pub fn abandon(&self) -> Result<()> {
+        match File::create(self.abandoned()) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(error).context(|| format!("write {}", self.abandoned().display()))
+            }
+            // Its sockets alone are left.
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether [`Self::abandon`] was called.
+    pub fn is_abandoned(&self) -> bool {
+        self.abandoned().exists()
     }
 
     /// The pod's writable disk.

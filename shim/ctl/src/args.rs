@@ -129,6 +129,21 @@ pub enum Command {
         )]
         runtime_endpoint: String,
     },
+    /// Remove what pods left here that nobody owns any more: after a power cut, or when libvirt
+    /// did not answer
+    ///
+    /// Shims do so by themselves when a pod starts. What a live shim or containerd still owns is
+    /// never touched.
+    Sweep {
+        /// containerd's CRI socket
+        #[arg(
+            long,
+            value_name = "ENDPOINT",
+            env = "CONTAINER_RUNTIME_ENDPOINT",
+            default_value = "unix:///run/containerd/containerd.sock"
+        )]
+        runtime_endpoint: String,
+    },
     /// Show the effective configuration, and where each value comes from
     Config,
     /// Print a completion script

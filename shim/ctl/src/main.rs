@@ -91,6 +91,9 @@ async fn run(cli: &Cli) -> Result<()> {
         Command::Check { runtime_endpoint } => {
             return check::run(options, runtime_endpoint, printer).await;
         }
+        Command::Sweep { runtime_endpoint } => {
+            return commands::sweep::run(options, runtime_endpoint, printer).await;
+        }
         Command::Config => return commands::config::run(options, printer),
         Command::Completion { shell } => {
             let mut script = Vec::new();

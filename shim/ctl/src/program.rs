@@ -71,6 +71,20 @@ pub fn find(name: &str, path: &OsStr) -> Option<PathBuf> {
         .find(|file| is_executable(file))
 }
 
+/// A program of Dyad's: beside containerd's shim, beside this one, or on `PATH`.
+pub fn find_ours(name: &str, shim_dir: Option<&Path>) -> Option<PathBuf> {
+    let own = std::env::current_exe().ok();
+    let mut folders: Vec<PathBuf> = shim_dir.map(PathBuf::from).into_iter().collect();
+    folders.extend(own.as_deref().and_then(Path::parent).map(PathBuf::from));
+    folders.extend(
+        std::env::var_os("PATH")
+            .iter()
+            .flat_map(std::env::split_paths),
+    );
+    let path = std::env::join_paths(folders).ok()?;
+    find(name, &path)
+}
+
 fn is_executable(file: &Path) -> bool {
     use std::os::unix::fs::PermissionsExt as _;
     std::fs::metadata(file)

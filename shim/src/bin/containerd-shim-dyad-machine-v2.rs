@@ -25,17 +25,25 @@ fn main() -> ExitCode {
         kind: Kind::Machine,
         handler,
         features: |_| Ok(None),
+        sweep: |config| {
+            Box::pin(async move { dyad_machine::sweep(&config.machine, &paths(&config)).await })
+        },
+        is_sweep_wanted: |config| dyad_machine::is_sweep_wanted(&paths(config)),
     })
 }
 
 fn handler(context: BackendContext) -> HandlerFuture {
     Box::pin(async move {
-        let paths = dyad_machine::Paths {
-            state_dir: context.config.state_dir,
-            cache_dir: context.config.cache_dir,
-        };
+        let paths = paths(&context.config);
         dyad_machine::new(Arc::new(context.config.machine), paths, context.events)
     })
+}
+
+fn paths(config: &Config) -> dyad_machine::Paths {
+    dyad_machine::Paths {
+        state_dir: config.state_dir.clone(),
+        cache_dir: config.cache_dir.clone(),
+    }
 }
 
 /// Reads a [`Config`] from stdin and prints what was found as JSON.

@@ -20,6 +20,8 @@ fn main() -> ExitCode {
         kind: Kind::Container,
         handler,
         features: |config| dyad_container::features(&config.container),
+        sweep: |config| Box::pin(async move { dyad_container::sweep(&config.cache_dir) }),
+        is_sweep_wanted: |config| dyad_container::is_sweep_wanted(&config.cache_dir),
     })
 }
 

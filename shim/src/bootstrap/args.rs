@@ -17,6 +17,11 @@ pub enum Action {
     Serve,
     /// Describe the runtime.
     Info,
+    /// Remove what nobody owns any more, as the configuration on stdin says.
+    Sweep {
+        /// Try again for a while where something stays.
+        patiently: bool,
+    },
     /// Print the version.
     Version,
 }
@@ -57,6 +62,7 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Args> {
     };
     let mut info = false;
     let mut version = false;
+    let mut sweep = None;
     let mut action = None;
     while let Some(word) = words.next() {
         let Some(flag) = word.strip_prefix("--").or_else(|| word.strip_prefix('-')) else {
@@ -76,6 +82,8 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Args> {
             "debug" => args.debug = switch(inline)?,
             "info" => info = switch(inline)?,
             "v" | "version" => version = switch(inline)?,
+            "sweep" => sweep = switch(inline)?.then_some(false),
+            "sweep-patiently" => sweep = switch(inline)?.then_some(true),
             "namespace" | "id" | "address" | "publish-binary" | "bundle" | "socket" => {
                 let value = inline
                     .or_else(|| words.next())
@@ -96,6 +104,9 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Args> {
     args.action = match (version, info, action.as_deref()) {
         (true, _, _) => Action::Version,
         (_, true, _) => Action::Info,
+        _ if sweep.is_some() => Action::Sweep {
+            patiently: sweep == Some(true),
+        },
         (_, _, Some("start")) => Action::Start,
         (_, _, Some("delete")) => Action::Delete,
         (_, _, Some("serve")) => Action::Serve,

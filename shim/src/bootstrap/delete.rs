@@ -17,7 +17,7 @@ use protobuf::Message;
 
 use super::args::Args;
 use super::launch::Launch;
-use super::{args_bundle, program, server_process, socket};
+use super::{args_bundle, program, server_process, socket, sweep};
 use crate::backend::{Backend, BackendContext};
 use crate::rpc::convert::timestamp;
 
@@ -108,7 +108,7 @@ fn clean(launch: &Launch, bundle: &Path, backend: Backend) -> Result<()> {
         sandbox_id: launch.sandbox_id.clone(),
         events,
     };
-    runtime.block_on(async {
+    let cleaned = runtime.block_on(async {
         let cleanup = async {
             let handler = (backend.handler)(context).await?;
             handler.cleanup(&container).await
@@ -121,7 +121,11 @@ fn clean(launch: &Launch, bundle: &Path, backend: Backend) -> Result<()> {
                 CLEANUP_MAX.as_millis()
             ))),
         }
-    })?;
+    });
+    // A libvirt that hangs does not keep us beyond containerd's five seconds.
+    runtime.shutdown_background();
+    // containerd asks once, and again only when it is started anew.
+    cleaned.inspect_err(|_| sweep::after_failed_delete(&launch.config))?;
     if launch.role() == Role::Sandbox {
         // A server that lives still owns both.
         if !socket::is_served(&launch.socket) {

@@ -5,6 +5,7 @@
 //! containerd -- start --> decide the kind --> listen --> run the server --> reply
 //!                (a later container of the pod: reply with the address that is there)
 //! containerd -- delete -> remove what a dead server left of one container
+//! dyadctl, or we  -sweep -> remove what no live process and no bundle owns
 //! ```
 //!
 //! stdout and stderr carry the reply and nothing else (containerd reads both); an
@@ -18,6 +19,7 @@ pub mod launch;
 mod server_process;
 pub mod socket;
 mod start;
+mod sweep;
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -54,11 +56,12 @@ fn run(args: &Args, backend: Backend) -> Result<()> {
             Ok(())
         }
         Action::Info => reply(&info::info(backend)?),
-        Action::Start => reply(&start::start(args)?),
+        Action::Start => reply(&start::start(args, backend)?),
         Action::Delete => match delete::delete(args, backend)? {
             delete::Outcome::Reply(bytes) => reply(&bytes),
             delete::Outcome::OtherProgram(kind) => delete::run_program(args, kind),
         },
+        Action::Sweep { patiently } => reply(&sweep::run(backend, patiently)?),
         Action::Serve => crate::server::serve(&args_bundle(args)?, backend),
     }
 }

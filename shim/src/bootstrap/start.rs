@@ -17,7 +17,8 @@ use super::args::Args;
 use super::input::{StartInput, read_stdin, start_input};
 use super::launch::Launch;
 use super::socket::{self, Bound};
-use super::{args_bundle, program, server_process};
+use super::{args_bundle, program, server_process, sweep};
+use crate::backend::Backend;
 use crate::config::Config;
 use crate::sandbox::record::write_atomically;
 use crate::spec::{Identity, read_annotations};
@@ -27,7 +28,7 @@ use crate::spec::{Identity, read_annotations};
 /// # Errors
 /// What is wrong with the input, the configuration or the pod's annotations, or why
 /// the server did not come up; nothing is left behind then.
-pub fn start(args: &Args) -> Result<Vec<u8>> {
+pub fn start(args: &Args, backend: Backend) -> Result<Vec<u8>> {
     let bundle = args_bundle(args)?;
     let ttrpc_env = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let input = start_input(&read_stdin()?, args, &ttrpc_env)?;
@@ -69,6 +70,7 @@ pub fn start(args: &Args) -> Result<Vec<u8>> {
                 let _ = std::fs::remove_file(&launch.socket);
                 let _ = Launch::remove(&bundle);
             })?;
+        sweep::beside(&launch, backend);
     }
     // containerd before 2.0 finds the server again by this file after a restart.
     write_atomically(&bundle.join("address"), address.as_bytes())?;

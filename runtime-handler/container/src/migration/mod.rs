@@ -38,6 +38,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use dyad_linux::owner::Owner;
 use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::migration::{
     Arrival, Hurry, Migration, MigrationParameters, MigrationProgress, Sent,
@@ -75,7 +76,8 @@ pub(crate) fn sockets_dir(state_dir: &Path) -> PathBuf {
 /// Removes what an attempt of a shim that died left.
 pub(crate) fn remove_leftovers(folders: &Folders, identity: &str) {
     let dir = folders.checkpoints.join(format!("out-{identity}"));
-    if let Err(error) = remove_all(&dir) {
+    let lock = owner_lock(&dir);
+    if let Err(error) = remove_all(&dir).and_then(|()| remove_file(&lock)) {
         log::warn!("remove {}: {error}", dir.display());
     }
 }
@@ -275,32 +277,57 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// A directory that goes, with all in it, when it is no longer needed.
-struct Scratch(PathBuf);
+struct Scratch {
+    dir: PathBuf,
+    /// Whoever sweeps leaves it alone.
+    _owner: Owner,
+}
 
 impl Scratch {
     /// Makes it, empty, for root alone: it holds a pod's memory.
     fn new(dir: PathBuf) -> Result<Self> {
         use std::os::unix::fs::DirBuilderExt;
-        let made = remove_all(&dir).and_then(|()| {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&dir)
-        });
-        made.context(|| format!("make {}", dir.display()))?;
-        Ok(Self(dir))
+        let mut private = fs::DirBuilder::new();
+        private.recursive(true).mode(0o700);
+        let what = || format!("make {}", dir.display());
+        private.create(dir.parent().unwrap_or(&dir)).context(what)?;
+        let owner = Owner::take(&owner_lock(&dir)).context(what)?;
+        let owner = owner.ok_or_else(|| {
+            Error::FailedPrecondition(format!(
+                "{} is in use: another migration of this pod is under way, wait for its end",
+                dir.display()
+            ))
+        })?;
+        remove_all(&dir)
+            .and_then(|()| private.create(&dir))
+            .context(what)?;
+        Ok(Self { dir, _owner: owner })
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if let Err(error) = remove_all(&self.0) {
-            log::warn!("remove {}: {error}", self.0.display());
+        let lock = owner_lock(&self.dir);
+        if let Err(error) = remove_all(&self.dir).and_then(|()| remove_file(&lock)) {
+            log::warn!("remove {}: {error}", self.dir.display());
         }
     }
 }
 
-fn remove_all(dir: &Path) -> io::Result<()> {
+/// What the process that works on the checkpoint in `dir` has locked; beside it, for all that is
+/// in it goes to the other side.
+pub(crate) fn owner_lock(dir: &Path) -> PathBuf {
+    dir.with_extension("lock")
+}
+
+fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn remove_all(dir: &Path) -> io::Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

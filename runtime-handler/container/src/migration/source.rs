@@ -323,7 +323,7 @@ impl Attempt<'_> {
     }
 
     fn dir(&self, container: &str) -> PathBuf {
-        self.scratch.0.join(container)
+        self.scratch.dir.join(container)
     }
 
     /// Everything up to the word that the target may run it. Frozen when it succeeds, and

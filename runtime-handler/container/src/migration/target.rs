@@ -69,7 +69,7 @@ impl Containers {
         let members = self.members();
         let scratch = Scratch::new(self.folders.checkpoints.join(format!("in-{source}")))?;
         let taken = self
-            .take(&mut guest.wire, &members, &criu, &scratch.0)
+            .take(&mut guest.wire, &members, &criu, &scratch.dir)
             .await;
         let (outcome, arrived) = match taken {
             Ok(arrival) => (Outcome::Running, Ok(arrival)),

@@ -122,7 +122,7 @@ fn image_blocking(
     walkable_dir(dir)?;
 
     // One lock file per image: converting one does not hold up another.
-    let lock_path = dir.join(format!("{}.lock", image.key));
+    let lock_path = dir.join(format!("{}.{}", image.key, cache::LOCK));
     let lock = OpenOptions::new()
         .create(true)
         .truncate(false)
@@ -136,7 +136,7 @@ fn image_blocking(
         if !private {
             cache::note(&image.file, &layers)?;
         }
-        let partial = dir.join(format!("{}.partial", image.key));
+        let partial = dir.join(format!("{}.{}", image.key, cache::PARTIAL));
         let made = convert(&layers, dir, &partial, owner).and_then(|()| {
             std::fs::rename(&partial, &image.file)
                 .context(|| format!("move the image to {}", image.file.display()))

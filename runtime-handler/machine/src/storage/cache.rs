@@ -7,13 +7,19 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use dyad_linux::owner::Owner;
 use dyad_runtime_handler::error::{Context, Result};
+use dyad_runtime_handler::sweep::Swept;
 use log::{info, warn};
 
 use super::apply::write_atomically;
 
 /// The file name extension of an image.
 pub const IMAGE: &str = "erofs";
+/// Of one that is being converted.
+pub const PARTIAL: &str = "partial";
+/// Of the lock that its process holds.
+pub const LOCK: &str = "lock";
 const LAYERS: &str = "layers";
 
 /// Notes of what the image is made; before it is there.
@@ -47,6 +53,30 @@ pub fn sweep(dir: &Path) {
             }
         }
     }
+}
+
+/// Removes what conversions of `dir` left whose process died: nobody has their locks. A lock's
+/// file stays, for somebody may wait at it; the image's next conversion removes it.
+pub fn sweep_unfinished(dir: &Path) -> Vec<Swept> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let partials = entries.map(|entry| entry.path()).filter(|path| {
+        path.extension()
+            .is_some_and(|extension| extension == PARTIAL)
+    });
+    partials
+        .filter_map(|partial| {
+            // Whoever converts has it until the image is there.
+            let Ok(Some(_owner)) = Owner::take(&partial.with_extension(LOCK)) else {
+                return None;
+            };
+            let removed = match std::fs::remove_file(&partial) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+                removed => removed.context(|| "remove it".into()),
+            };
+            let what = format!("unfinished image {}", partial.display());
+            Some(Swept::from_result(what, removed))
+        })
+        .collect()
 }
 
 /// A list that cannot be read says nothing.
@@ -94,6 +124,22 @@ mod tests {
             names(&dir),
             ["b.erofs", "b.layers"].map(String::from).into()
         );
+    }
+
+    #[test]
+    fn an_unfinished_image_goes_unless_somebody_makes_it() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["dead", "alive"] {
+            std::fs::write(dir.path().join(name).with_extension(PARTIAL), "x").unwrap();
+        }
+        let _owner = Owner::take(&dir.path().join("alive.lock"))
+            .unwrap()
+            .unwrap();
+        let swept = sweep_unfinished(dir.path());
+        assert_eq!(swept.len(), 1, "{swept:?}");
+        assert!(swept[0].what.ends_with("dead.partial"), "{swept:?}");
+        assert!(!dir.path().join("dead.partial").exists());
+        assert!(dir.path().join("alive.partial").exists());
     }
 
     #[test]

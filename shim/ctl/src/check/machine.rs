@@ -1,6 +1,6 @@
 //! The machine kind's part, asked of the executable that serves machine pods.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use dyad_runtime_handler::check::Check;
@@ -16,7 +16,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// What the executable says of `config`; it is looked for beside the shim, beside us, and
 /// on `PATH`.
 pub async fn checks(config: &Config, shim_dir: Option<&Path>) -> Vec<Check> {
-    let Some(program) = find(shim_dir) else {
+    let Some(program) = program::find_ours(PROGRAM, shim_dir) else {
         return vec![Check::fail(
             "machine",
             format!("{PROGRAM} is neither beside containerd-shim-dyad-v2 nor on PATH"),
@@ -46,19 +46,6 @@ fn parse(answer: &[u8]) -> Vec<Check> {
             "install dyadctl and the shim of one version",
         )]
     })
-}
-
-fn find(shim_dir: Option<&Path>) -> Option<PathBuf> {
-    let own = std::env::current_exe().ok();
-    let mut folders: Vec<PathBuf> = shim_dir.map(PathBuf::from).into_iter().collect();
-    folders.extend(own.as_deref().and_then(Path::parent).map(PathBuf::from));
-    folders.extend(
-        std::env::var_os("PATH")
-            .iter()
-            .flat_map(std::env::split_paths),
-    );
-    let path = std::env::join_paths(folders).ok()?;
-    program::find(PROGRAM, &path)
 }
 
 #[cfg(test)]

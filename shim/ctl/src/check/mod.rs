@@ -14,7 +14,7 @@ mod containerd;
 mod host;
 mod machine;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use dyad_runtime_handler::check::{Check, Status};
 use dyad_runtime_handler::config::Kind;
@@ -108,6 +108,28 @@ async fn look(options: &Options, endpoint: &str) -> Vec<Line> {
         }));
     }
     lines
+}
+
+/// Every configuration that a handler on this host has, and the folder of the shim where it was
+/// found.
+///
+/// # Errors
+/// One of them cannot be read, or is wrong.
+pub async fn configurations(
+    options: &Options,
+    endpoint: &str,
+) -> Result<(Vec<Config>, Option<PathBuf>)> {
+    let (found, _) = containerd::look(endpoint).await;
+    let (_, shim) = containerd::shim(found.as_ref()).await;
+    let mut configs: Vec<Config> = Vec::new();
+    for (_, source) in sources(options, found.as_ref()) {
+        let config = load(&source)?;
+        if !configs.contains(&config) {
+            configs.push(config);
+        }
+    }
+    let shim_dir = shim.as_deref().and_then(Path::parent).map(PathBuf::from);
+    Ok((configs, shim_dir))
 }
 
 /// The configurations to check: each handler's, and the one that dyadctl was given where

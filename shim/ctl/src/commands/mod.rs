@@ -6,4 +6,5 @@ pub mod console;
 pub mod list;
 pub mod migrate;
 pub mod state;
+pub mod sweep;
 pub mod watch;

@@ -58,19 +58,21 @@ pub fn the_fence_outlives_a_restart_of_the_node(nodes: &Nodes) -> Result<()> {
     }
     must_not_run_again(&source)?;
     target.goes_on()?;
-    // What was there before the restart may stay: containerd's own folder, and, where it asked
-    // no shim to delete the pod, the machine's record and console log.
-    for (folder, name) in [
-        (
-            "containerd/root/io.containerd.runtime.v2.task/k8s.io",
-            &source.id,
-        ),
-        ("dyad/lib/machines", &machine),
-    ] {
-        let left = n1.dir.join(folder).join(name);
-        if left.exists() {
-            fs::remove_dir_all(&left).with_context(|| left.display().to_string())?;
-        }
+    // Where containerd asked no shim to delete the pod, the machine's record and console log are
+    // swept; containerd's own folder stays.
+    let endpoint = format!("unix://{}/containerd/containerd.sock", n1.dir.display());
+    n1.dyadctl(&["sweep", "--runtime-endpoint", &endpoint])?
+        .success("dyadctl sweep")?;
+    let swept = n1.dir.join("dyad/lib/machines").join(&machine);
+    if swept.exists() {
+        bail!("{} was not swept", swept.display());
+    }
+    let of_containerd = n1
+        .dir
+        .join("containerd/root/io.containerd.runtime.v2.task/k8s.io")
+        .join(&source.id);
+    if of_containerd.exists() {
+        fs::remove_dir_all(&of_containerd).with_context(|| of_containerd.display().to_string())?;
     }
     Ok(())
 }

@@ -23,6 +23,7 @@ mod process;
 mod resources;
 mod sandboxed;
 mod stdio;
+mod sweep;
 
 /// Handlers whose pods are containers.
 pub const CONTAINERS: &[Handler] = &[Handler::Runc, Handler::Dyad];
@@ -117,6 +118,7 @@ pub fn all() -> Vec<Case> {
         delete::CASES,
         bad_input::CASES,
         daemons::CASES,
+        sweep::CASES,
     ]
     .concat()
 }
