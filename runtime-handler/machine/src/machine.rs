@@ -1,14 +1,14 @@
 //! One pod's machine: made, powered on and off, watched, removed.
 //!
 //! ```text
-//!            power_on                      agent greets, set-up done
-//!   Off -----------------> On(booting) ---------------------------> On(ready)
-//!    ^   define'd, paused,                                              |
-//!    |   cgroup, taps, resume                                           |
-//!    +--------- libvirt tells Stopped(ending): guest, us, or outside ---+
+//!   libvirt's events --> follow --+
+//!   the pod's calls  --> effects --+--> change(Input) --> state (pure) --> who waits
+//!                         boot, power, leaving, arriving
 //! ```
-//! `libvirt` owns the domain and is believed: power changes here only when its events say
-//! so. Whatever ends the machine ends every process in it, with the same status.
+//! What it is (power, role) is one value of [`state`], which [`Machine::change`] alone replaces.
+//! `libvirt` owns the domain and is believed: its power changes only when libvirt's events say so.
+//! Whatever ends the machine ends every process in it, with the same status. Changes that take long
+//! wait for each other in [`lane`]s; what only looks waits for nothing.
 //! Rooms: [`prepare`] (before there is one), [`boot`], [`power`], [`processes`],
 //! [`images`] (and the agent), [`resize`], [`leaving`] and [`arriving`] (migration), [`former`] (its
 //! source's addresses).
@@ -17,15 +17,17 @@ mod arriving;
 mod boot;
 mod former;
 mod images;
+mod lane;
 mod leaving;
 mod power;
 mod prepare;
 mod processes;
 mod resize;
+mod state;
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use dyad_linux::cgroup::Hierarchies;
@@ -44,26 +46,25 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use crate::container::Container;
-use crate::domain::{Accelerator, AgentChannel, DomainPlan, Nic, PodDisk, domain_name};
+use crate::domain::{Accelerator, AgentChannel, DomainPlan, domain_name};
 use crate::events::{Ending, Observed};
 use crate::guest::Agent;
-use crate::kept::{self, Kept};
+use crate::kept::Kept;
 use crate::libvirt::Libvirt;
 use crate::migrate::offer::Offer;
+use crate::network::apply as network;
 use crate::network::plan::{Held, NetworkPlan};
-use crate::network::{apply as network, plan as network_plan};
-use crate::record::{Folder, Record, machine_uuid};
-use crate::resize::{Ledger, Reached};
+use crate::record::{Folder, Record};
+use crate::resize::Ledger;
 use crate::spec::SandboxSpec;
-use crate::storage::apply::{self as storage, QemuUser};
+use crate::storage::apply::QemuUser;
 use crate::storage::cache;
 use crate::volumes::plan::{Copy, volumes_on_disk};
-use crate::{Paths, accelerator, cgroup, host, size};
-use arriving::Arriving;
+use crate::{Paths, cgroup};
 use images::connect;
-use prepare::{
-    check_readable, check_socket_path, choose_channel, host_size, inherit_disk, make_folders, title,
-};
+use lane::Lane;
+use prepare::{Prepared, Site, prepare};
+use state::{Input, Role, State};
 
 /// A migration without its shim may take this long: `delete` has four seconds.
 const DEAD_SHIM_PATIENCE: std::time::Duration = std::time::Duration::from_millis(2000);
@@ -74,31 +75,6 @@ const DEAD_SHIM_LOOKS: std::time::Duration = std::time::Duration::from_millis(50
 /// The guest finds the pod's disk by this.
 const POD_DISK_SERIAL: &str = "dyad-pod";
 
-/// Whether the machine is on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Power {
-    /// Never was, or ended so.
-    Off(Option<Ending>),
-    /// vCPUs run, or are paused.
-    On {
-        /// QEMU.
-        pid: u32,
-        /// How far its guest is.
-        boot: Boot,
-    },
-}
-
-/// How far a guest is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Boot {
-    /// Not set up yet.
-    Booting,
-    /// The agent serves.
-    Ready,
-    /// It never came up.
-    Failed(String),
-}
-
 /// A pod's machine.
 pub struct Machine {
     config: Arc<MachineConfig>,
@@ -107,64 +83,46 @@ pub struct Machine {
     folder: Folder,
     libvirt: Libvirt,
     channel: AgentChannel,
-    /// A link to each power-on's guest; closed when that ends.
-    agent: Mutex<Agent>,
     events: EventSender,
+    sandbox: SandboxSpec,
     qemu_user: Option<QemuUser>,
+    accelerator: Accelerator,
+    cpu_shares: Option<u64>,
+    /// The pod, for what outlives this machine.
+    pod_key: Option<Uuid>,
+    /// What it is; only [`Self::change`] changes that.
+    states: watch::Sender<State>,
     /// What its next definition is made from: its size and images change.
     plan: Mutex<DomainPlan>,
-    /// Its containers' limits, and one change of its size at a time.
-    sizing: tokio::sync::Mutex<Ledger>,
-    cpu_shares: Option<u64>,
-    accelerator: Accelerator,
-    /// The guest's `uname -r`, once it told.
-    kernel_release: Mutex<String>,
+    /// Its containers' limits.
+    ledger: Mutex<Ledger>,
     network: Mutex<NetworkPlan>,
     /// What its guest has of its source's network, for a while.
     former: Mutex<Held>,
-    sandbox: SandboxSpec,
-    power: watch::Sender<Power>,
-    /// How often its guest rebooted.
-    reboots: watch::Sender<u64>,
-    /// Started processes that have not ended.
-    /// A sender is dropped at its process's end.
-    running: Mutex<HashMap<ProcessId, watch::Sender<()>>>,
-    /// One image is plugged in at a time.
-    plugging: tokio::sync::Mutex<()>,
-    /// Its vCPUs are stopped.
-    suspended: AtomicBool,
-    /// The signal that we ended it with.
-    ended_by: Mutex<Option<i32>>,
-    watcher: Mutex<Option<JoinHandle<()>>>,
+    /// What it has ready as a migration's target.
+    offer: Mutex<Option<Offer>>,
     /// The pod's containers by Kubernetes' name: so a migration knows them.
     containers: Mutex<BTreeMap<String, Weak<Container>>>,
-    /// How far it is as a migration's target.
-    arriving: watch::Sender<Arriving>,
-    /// What it has ready as such.
-    offer: tokio::sync::Mutex<Option<Offer>>,
-    /// It is being migrated away.
-    leaving: AtomicBool,
-    /// So, and somebody wants that given up.
-    give_up: AtomicBool,
-    /// So, and it has been told to run over there.
-    post_copy: AtomicBool,
-    /// The link to the guest is given up, for the other side.
-    let_go: AtomicBool,
-    /// The other side has been told how far each stream is.
-    handed_over: tokio::sync::Mutex<bool>,
-    /// It runs elsewhere.
-    moved: AtomicBool,
+    /// Started processes that have not ended; a sender is dropped at its process's end.
+    running: Mutex<HashMap<ProcessId, watch::Sender<()>>>,
+    /// A link to each power-on's guest; closed when that ends.
+    agent: Mutex<Agent>,
+    /// The guest's `uname -r`, once it told.
+    kernel_release: Mutex<String>,
     /// The guest's last event that was told.
     events_after: AtomicU64,
-    deleted: AtomicBool,
-    /// The pod, for what outlives this machine.
-    pod_key: Option<Uuid>,
     /// Its disk still has what the containers of the pod's last sandbox wrote.
     inherited: AtomicBool,
+    watcher: Mutex<Option<JoinHandle<()>>>,
+    /// Changes of its size, of its images, of its offer, of who has its guest's streams.
+    sizing: Lane,
+    plugging: Lane,
+    offering: Lane,
+    handing_over: Lane,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every change under these locks is one statement.
+    // Every change under these locks is one statement; none is held across an await.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -203,206 +161,114 @@ impl Machine {
                 )));
             }
         }
-        let made = Self::build(
+        let (undo, folder_to_undo) = (record.clone(), folder.clone());
+        let site = Site {
             config,
-            paths.clone(),
-            events,
-            libvirt.clone(),
-            spec,
+            paths,
+            libvirt: libvirt.clone(),
             sandbox,
-            record.clone(),
-            folder.clone(),
-        )
-        .await;
+            record,
+            folder,
+        };
+        let made = Self::make(site, events, spec).await;
         if let Err(error) = &made {
-            debug!("machine {}: undoing: {}", record.uuid, error.chain());
+            debug!("machine {}: undoing: {}", undo.uuid, error.chain());
             // What was written last knows most.
-            let record = folder.load().ok().flatten().unwrap_or(record);
-            if let Err(error) = remove(&libvirt, &folder, &record).await {
+            let record = folder_to_undo.load().ok().flatten().unwrap_or(undo);
+            if let Err(error) = remove(&libvirt, &folder_to_undo, &record).await {
                 warn!("undo machine {}: {}", record.uuid, error.chain());
             }
         }
         made
     }
 
-    #[allow(clippy::too_many_arguments)]
-    async fn build(
-        config: Arc<MachineConfig>,
-        paths: Paths,
-        events: EventSender,
-        libvirt: Libvirt,
-        spec: &ContainerSpec,
-        sandbox: SandboxSpec,
-        mut record: Record,
-        folder: Folder,
-    ) -> Result<Arc<Self>> {
-        let uuid = record.uuid;
-        let pod = machine_uuid(&record.containerd_namespace, &record.sandbox_id);
+    /// Prepares, defines and begins; leaves it to the caller to undo.
+    async fn make(site: Site, events: EventSender, spec: &ContainerSpec) -> Result<Arc<Self>> {
         let waits = migration::source_of(&spec.pod).is_some();
-        let wanted = size::plan(
-            &config,
-            &sandbox.annotations,
-            &spec.pod.annotations,
-            host_size()?,
-        )?;
-        check_readable("kernel", &config.kernel)?;
-        check_readable("initramfs", &config.initramfs)?;
-        check_socket_path(&folder.console_socket())?;
-
-        let capabilities = host::capabilities(&libvirt).await?;
-        let accelerator = accelerator::choose(
-            config.accelerator,
-            &capabilities,
-            &config.kernel,
-            &paths.cache_dir,
-        )
-        .await?;
-        let network = match &sandbox.netns {
-            Some(netns) => {
-                let found = network::read(netns).await?;
-                network_plan::plan(pod, &found.links, &found.addresses, &found.routes)
-                    .map_err(|error| Error::FailedPrecondition(error.to_string()))?
-            }
-            None => NetworkPlan::default(),
-        };
-
-        record.bundle = Some(spec.bundle.clone());
-        record.netns = sandbox.netns.clone();
-        record.cgroups_path = sandbox.cgroups_path.clone();
-        record.size = Some(wanted.size);
-        record.reached = Some(Reached::at_boot(&wanted.size));
-        record.taps = network
-            .interfaces
-            .iter()
-            .map(|interface| (interface.name.clone(), interface.tap.clone()))
-            .collect();
-        make_folders(&paths, &folder, capabilities.qemu_user)?;
-        storage::check_on_disk(&folder.dir)?;
-        folder.save(&record)?;
-        folder.kept.sweep();
-        cache::sweep(&folder.images);
-        let pod_key = kept::key(&record.containerd_namespace, &spec.pod.uid);
-        // A target's is filled by its source.
-        let inherited = match pod_key {
-            Some(key) if !waits => inherit_disk(&libvirt, &paths, &folder, key).await?,
-            _ => false,
-        };
-        if inherited {
-            info!("machine {uuid}: the pod's disk is that of its last sandbox");
-        } else {
-            storage::pod_disk(
-                folder.disk(),
-                wanted.disk_gib,
-                capabilities.qemu_user,
-                !waits,
-            )
-            .await?;
-        }
-
-        let channel = choose_channel(config.channel, &folder, pod)?;
-        let plan = DomainPlan {
-            uuid,
-            title: title(spec),
-            sandbox_id: record.sandbox_id.clone(),
-            containerd_namespace: record.containerd_namespace.clone(),
-            accelerator,
-            size: wanted.size,
-            reached: Reached::at_boot(&wanted.size),
-            kernel: config.kernel.clone(),
-            initramfs: config.initramfs.clone(),
-            kernel_params: config.kernel_params.clone(),
-            channel: channel.clone(),
-            pod_disk: PodDisk {
-                file: folder.disk(),
-                serial: POD_DISK_SERIAL.into(),
-            },
-            nics: network
-                .interfaces
-                .iter()
-                .map(|interface| Nic {
-                    tap: interface.tap.clone(),
-                    mac: interface.mac.clone(),
-                    mtu: interface.mtu,
-                })
-                .collect(),
-            console_socket: folder.console_socket(),
-            console_log: folder.console(),
-            images: Vec::new(),
-        };
-        libvirt.define(uuid, plan.to_xml()).await?;
-        let changes = libvirt.watch(uuid).await?;
-        if let Some(path) = &sandbox.cgroups_path {
-            cgroup::create(path, wanted.cpu_shares).await?;
+        let prepared = prepare(&site, spec).await?;
+        let uuid = site.record.uuid;
+        site.libvirt.define(uuid, prepared.plan.to_xml()).await?;
+        let changes = site.libvirt.watch(uuid).await?;
+        if let Some(path) = &site.sandbox.cgroups_path {
+            cgroup::create(path, prepared.wanted.cpu_shares).await?;
         }
         info!(
-            "machine {uuid} for {}: {} vCPUs, {} MiB, {accelerator:?}",
-            plan.title, wanted.size.vcpus, wanted.size.memory_mib
+            "machine {uuid} for {}: {} vCPUs, {} MiB, {:?}",
+            prepared.plan.title,
+            prepared.wanted.size.vcpus,
+            prepared.wanted.size.memory_mib,
+            prepared.plan.accelerator
         );
-        let agent = connect(&channel);
-        if waits {
-            // Nobody speaks to the guest before it runs here.
-            agent.close();
-        }
-        let machine = Arc::new(Self {
-            config,
-            paths,
-            record,
-            folder,
-            libvirt,
-            agent: Mutex::new(agent),
-            channel,
-            events,
-            qemu_user: capabilities.qemu_user,
-            plan: Mutex::new(plan),
-            sizing: tokio::sync::Mutex::new(Ledger::new(wanted.basis)),
-            cpu_shares: wanted.cpu_shares,
-            accelerator,
-            kernel_release: Mutex::default(),
-            network: Mutex::new(network),
-            former: Mutex::default(),
-            sandbox,
-            power: watch::Sender::new(Power::Off(None)),
-            reboots: watch::Sender::new(0),
-            running: Mutex::default(),
-            plugging: tokio::sync::Mutex::default(),
-            suspended: AtomicBool::new(false),
-            ended_by: Mutex::default(),
-            watcher: Mutex::default(),
-            containers: Mutex::default(),
-            arriving: watch::Sender::new(if waits {
-                Arriving::Waiting
-            } else {
-                Arriving::No
-            }),
-            offer: tokio::sync::Mutex::default(),
-            leaving: AtomicBool::new(false),
-            give_up: AtomicBool::new(false),
-            post_copy: AtomicBool::new(false),
-            let_go: AtomicBool::new(false),
-            handed_over: tokio::sync::Mutex::default(),
-            moved: AtomicBool::new(false),
-            events_after: AtomicU64::new(0),
-            deleted: AtomicBool::new(false),
-            pod_key,
-            inherited: AtomicBool::new(inherited),
-        });
+        let machine = Arc::new(Self::new(site, prepared, events, waits));
         let watcher = tokio::spawn(Self::follow(Arc::downgrade(&machine), changes));
         *lock(&machine.watcher) = Some(watcher);
         tokio::spawn(Self::bound_console(Arc::downgrade(&machine)));
-        let begun = if waits {
-            let plan = lock(&machine.plan).clone();
-            let offer = machine.first_offer(plan.kernel, plan.initramfs, plan.title);
-            let published = machine.publish(&offer).await;
-            *machine.offer.lock().await = Some(offer);
-            published
-        } else {
-            machine.power_on().await
+        let begun = match waits {
+            true => machine.offer_itself().await,
+            false => machine.power_on().await,
         };
         if let Err(error) = begun {
             machine.stop_following();
             return Err(error);
         }
         Ok(machine)
+    }
+
+    /// One that is defined and off.
+    fn new(site: Site, prepared: Prepared, events: EventSender, waits: bool) -> Self {
+        let agent = connect(&prepared.plan.channel);
+        if waits {
+            // Nobody speaks to the guest before it runs here.
+            agent.close();
+        }
+        Self {
+            config: site.config,
+            paths: site.paths,
+            record: prepared.record,
+            folder: site.folder,
+            libvirt: site.libvirt,
+            channel: prepared.plan.channel.clone(),
+            events,
+            sandbox: site.sandbox,
+            qemu_user: prepared.qemu_user,
+            accelerator: prepared.plan.accelerator,
+            cpu_shares: prepared.wanted.cpu_shares,
+            pod_key: prepared.pod_key,
+            states: watch::Sender::new(State::new(waits)),
+            plan: Mutex::new(prepared.plan),
+            ledger: Mutex::new(Ledger::new(prepared.wanted.basis)),
+            network: Mutex::new(prepared.network),
+            former: Mutex::default(),
+            offer: Mutex::default(),
+            containers: Mutex::default(),
+            running: Mutex::default(),
+            agent: Mutex::new(agent),
+            kernel_release: Mutex::default(),
+            events_after: AtomicU64::new(0),
+            inherited: AtomicBool::new(prepared.inherited),
+            watcher: Mutex::default(),
+            sizing: Lane::default(),
+            plugging: Lane::default(),
+            offering: Lane::default(),
+            handing_over: Lane::default(),
+        }
+    }
+
+    /// What it is now.
+    fn state(&self) -> State {
+        self.states.borrow().clone()
+    }
+
+    /// The one place where it becomes something else; says whether it did.
+    fn change(&self, input: Input) -> bool {
+        self.states
+            .send_if_modified(|state| match state.after(input) {
+                Some(next) => {
+                    *state = next;
+                    true
+                }
+                None => false,
+            })
     }
 
     /// What the pod costs the host.
@@ -418,10 +284,7 @@ impl Machine {
 
     /// QEMU's pid while it is on.
     pub fn pid(&self) -> Option<u32> {
-        match *self.power.borrow() {
-            Power::On { pid, .. } => Some(pid),
-            Power::Off(_) => None,
-        }
+        self.states.borrow().pid()
     }
 
     /// What people are told of it.
@@ -484,10 +347,10 @@ impl Machine {
         self.stop_following();
         self.agent().close();
         let mut record = self.record.clone();
-        record.moved = self.moved.load(Ordering::Relaxed);
-        self.arriving.send_replace(Arriving::No);
+        record.moved = self.state().has_moved();
+        self.change(Input::StopsWaiting);
         remove(&self.libvirt, &self.folder, &record).await?;
-        self.deleted.store(true, Ordering::Relaxed);
+        self.change(Input::Deleted);
         Ok(())
     }
 
@@ -512,7 +375,7 @@ impl Machine {
 
     /// Whether [`Self::delete`] has done its work.
     pub fn is_deleted(&self) -> bool {
-        self.deleted.load(Ordering::Relaxed)
+        self.states.borrow().role == Role::Deleted
     }
 }
 

@@ -14,10 +14,11 @@ use dyad_runtime_handler::migration::Arrival;
 use log::{debug, info, warn};
 
 use super::images::connect;
-use super::{Boot, Machine, Power, lock};
+use super::state::{Arriving, Input, Role};
+use super::{Machine, lock};
 use crate::container::Container;
 use crate::domain::{AgentChannel, ImageDisk};
-use crate::events::{Change, Ending, Observed};
+use crate::events::{Change, Observed};
 use crate::guest::Agent;
 use crate::libvirt::{self, Of};
 use crate::migrate::offer::{
@@ -43,48 +44,24 @@ const LOOK_FOR_MEMORY_EVERY: Duration = Duration::from_secs(1);
 /// The agent answers at once: it has been running all the time.
 const AGENT_WITHIN: Duration = Duration::from_secs(20);
 
-/// How far a target is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Arriving {
-    /// It is no target, or no longer one.
-    No,
-    /// Defined, off.
-    Waiting,
-    /// QEMU is there and takes in; nothing runs.
-    Prepared,
-    /// It runs.
-    Running,
-    /// The source gave up, or failed.
-    Failed(String),
-}
-
 impl Machine {
     /// Whether it waits for its source.
     pub fn is_waiting(&self) -> bool {
-        *self.arriving.borrow() != Arriving::No
+        self.states.borrow().is_waiting()
     }
 
     /// Takes libvirt's word where it concerns the arrival; says whether it did.
     pub(super) fn takes_in(&self, change: Change) -> bool {
-        let next = match (&*self.arriving.borrow(), change) {
-            (Arriving::No, _) => return false,
-            (Arriving::Waiting, Change::Arriving | Change::Started) => Arriving::Prepared,
-            (Arriving::Waiting | Arriving::Prepared, Change::Resumed) => Arriving::Running,
-            (Arriving::Prepared | Arriving::Running, Change::Stopped(ending)) => {
-                Arriving::Failed(match ending {
-                    Ending::Crashed => "its source gave up, or QEMU failed".into(),
-                    other => format!("{other:?}"),
-                })
-            }
-            (_, Change::Undefined) => Arriving::Failed("its definition was removed".into()),
-            _ => return true,
-        };
-        debug!("machine {}: {next:?}", self.record.uuid);
-        self.arriving.send_replace(next);
+        if !self.is_waiting() {
+            return false;
+        }
+        if self.change(Input::Arrival(change)) {
+            debug!("machine {}: {:?}", self.record.uuid, self.state().role);
+        }
         true
     }
 
-    pub(super) fn first_offer(&self, kernel: PathBuf, initramfs: PathBuf, title: String) -> Offer {
+    fn first_offer(&self, kernel: PathBuf, initramfs: PathBuf, title: String) -> Offer {
         let (agent_socket, vsock_cid) = match &self.channel {
             AgentChannel::VirtioSerial { socket } => (socket.clone(), 0),
             AgentChannel::Vsock { cid } => (PathBuf::new(), *cid),
@@ -120,11 +97,22 @@ impl Machine {
         }
     }
 
+    /// Begins to wait for its source.
+    ///
+    /// # Errors
+    /// libvirt refused.
+    pub(super) async fn offer_itself(&self) -> Result<()> {
+        let plan = lock(&self.plan).clone();
+        let offer = self.first_offer(plan.kernel, plan.initramfs, plan.title);
+        *lock(&self.offer) = Some(offer.clone());
+        self.publish(&offer).await
+    }
+
     /// Puts the offer where the source finds it.
     ///
     /// # Errors
     /// libvirt refused.
-    pub(super) async fn publish(&self, offer: &Offer) -> Result<()> {
+    async fn publish(&self, offer: &Offer) -> Result<()> {
         let element = offer::element("offer", offer)?;
         let uuid = self.record.uuid;
         Ok(self
@@ -139,26 +127,34 @@ impl Machine {
     /// Its image cannot be read; libvirt refused.
     pub async fn offer_container(&self, name: &str, image: PathBuf, started: bool) -> Result<()> {
         let digest = storage::digest(image.clone()).await?;
-        let mut offer = self.offer.lock().await;
-        if let Some(offer) = offer.as_mut() {
-            let offered = OfferedContainer {
-                image,
-                digest,
-                started,
-            };
+        let offered = OfferedContainer {
+            image,
+            digest,
+            started,
+        };
+        let _turn = self.offering.turn().await;
+        let changed = lock(&self.offer).clone().map(|mut offer| {
             offer.containers.insert(name.to_owned(), offered);
-            self.publish(offer).await?;
+            offer
+        });
+        if let Some(offer) = changed {
+            *lock(&self.offer) = Some(offer.clone());
+            self.publish(&offer).await?;
         }
         Ok(())
     }
 
     /// Takes a container out of the offer.
     pub async fn withdraw_container(&self, name: &str) {
-        let mut offer = self.offer.lock().await;
-        if let Some(offer) = offer.as_mut()
-            && offer.containers.remove(name).is_some()
-            && let Err(error) = self.publish(offer).await
-        {
+        let _turn = self.offering.turn().await;
+        let Some(mut offer) = lock(&self.offer).clone() else {
+            return;
+        };
+        if offer.containers.remove(name).is_none() {
+            return;
+        }
+        *lock(&self.offer) = Some(offer.clone());
+        if let Err(error) = self.publish(&offer).await {
             debug!("{}", error.chain());
         }
     }
@@ -194,7 +190,7 @@ impl Machine {
         };
         if taken.is_err() {
             let uuid = self.record.uuid;
-            self.arriving.send_replace(Arriving::No);
+            self.change(Input::StopsWaiting);
             for (_, container) in self.named_containers() {
                 container.stop_waiting();
             }
@@ -212,23 +208,21 @@ impl Machine {
 
     async fn take_in(self: &Arc<Self>) -> Result<Arrival> {
         let uuid = self.record.uuid;
-        self.reaches(|state| *state != Arriving::Waiting).await?;
+        self.reaches(|arriving| *arriving != Arriving::Waiting)
+            .await?;
         info!("machine {uuid} is on its way here");
         // The guest does not run before all its memory is here; this is long before.
         let began = Instant::now();
         let pid = self.place_and_wire().await?;
         debug!("machine {uuid}: wired after {:?}", began.elapsed());
-        self.reaches(|state| *state == Arriving::Running).await?;
+        self.reaches(|arriving| *arriving == Arriving::Running)
+            .await?;
         info!("machine {uuid} runs here");
         tokio::spawn(Self::bound_post_copy(Arc::downgrade(self), pid));
         *lock(&self.agent) = connect(&self.channel);
-        self.power.send_replace(Power::On {
-            pid,
-            boot: Boot::Ready,
-        });
-        self.started(ProcessId::init(self.sandbox_id()));
         // From here on it runs, and here only: nothing below may say otherwise.
-        self.arriving.send_replace(Arriving::No);
+        self.change(Input::Arrived { pid });
+        self.started(ProcessId::init(self.sandbox_id()));
         let record = match self.record_of_source().await {
             Ok(record) => record,
             Err(error) => {
@@ -273,25 +267,21 @@ impl Machine {
 
     /// Waits for the state, or for the end of all hope.
     async fn reaches(&self, wanted: impl Fn(&Arriving) -> bool) -> Result<()> {
-        let mut states = self.arriving.subscribe();
+        let mut states = self.states.subscribe();
         loop {
-            let look = states.wait_for(|state| {
-                wanted(state) || matches!(state, Arriving::Failed(_) | Arriving::No)
+            let look = states.wait_for(|state| match &state.role {
+                Role::Arriving(arriving) => {
+                    wanted(arriving) || matches!(arriving, Arriving::Failed(_))
+                }
+                _ => true,
             });
             let seen = tokio::time::timeout(LOOK_WITHOUT_EVENT, look).await;
-            let seen = seen.map(|state| state.map(|state| state.clone()));
+            let seen = seen.map(|state| state.map(|state| state.role.clone()));
             match seen {
-                Ok(Ok(state)) => {
-                    return match state {
-                        Arriving::Failed(why) => Err(Error::Unavailable(
-                            format!("the migration failed: {why}"),
-                            None,
-                        )),
-                        Arriving::No => {
-                            Err(Error::FailedPrecondition("the target was removed".into()))
-                        }
-                        _ => Ok(()),
-                    };
+                Ok(Ok(Role::Arriving(Arriving::Failed(why)))) => return Err(failed(&why)),
+                Ok(Ok(Role::Arriving(_))) => return Ok(()),
+                Ok(Ok(_)) => {
+                    return Err(Error::FailedPrecondition("the target was removed".into()));
                 }
                 Ok(Err(_)) => {
                     return Err(Error::Unavailable("the target is gone".into(), None));
@@ -302,11 +292,8 @@ impl Machine {
     }
 
     fn still_coming(&self) -> Result<()> {
-        match &*self.arriving.borrow() {
-            Arriving::Failed(why) => Err(Error::Unavailable(
-                format!("the migration failed: {why}"),
-                None,
-            )),
+        match &self.states.borrow().role {
+            Role::Arriving(Arriving::Failed(why)) => Err(failed(why)),
             _ => Ok(()),
         }
     }
@@ -314,7 +301,9 @@ impl Machine {
     /// What libvirt would have told, had it not been restarted.
     async fn look_up(&self) {
         let state = self.libvirt.state(self.record.uuid).await;
-        let now = self.arriving.borrow().clone();
+        let Role::Arriving(now) = self.state().role else {
+            return;
+        };
         let change = match (&now, state) {
             (Arriving::Waiting, Ok(Observed::Running | Observed::Paused)) => Change::Started,
             (Arriving::Prepared, Ok(Observed::Running)) => Change::Resumed,
@@ -367,7 +356,7 @@ impl Machine {
     async fn go_on(self: &Arc<Self>, pid: u32, record: &Record) -> Vec<(ProcessId, u32)> {
         let agent = self.agent();
         *lock(&self.kernel_release) = record.kernel_release.clone();
-        self.take_sizing(&record.sizing).await;
+        self.take_sizing(&record.sizing);
         self.plan_what_came(record);
         for (interface, mac) in lock(&self.network).interfaces.iter_mut().zip(&record.macs) {
             interface.mac.clone_from(mac);
@@ -475,6 +464,10 @@ impl Machine {
         warn!("machine {uuid}: its source handed nothing over; output may be there twice");
         Vec::new()
     }
+}
+
+fn failed(why: &str) -> Error {
+    Error::Unavailable(format!("the migration failed: {why}"), None)
 }
 
 /// Of a process; they grow with every page that comes.

@@ -12,7 +12,8 @@ use dyad_runtime_handler::handler::Event;
 use log::{debug, warn};
 
 use super::images::connect;
-use super::{Boot, Machine, POD_DISK_SERIAL, Power, lock};
+use super::state::{Boot, Input, Power, State};
+use super::{Machine, POD_DISK_SERIAL, lock};
 use crate::guest::GuestEvent;
 use crate::kept::Kept;
 use crate::network::apply as network;
@@ -33,13 +34,12 @@ impl Machine {
     /// # Errors
     /// libvirt, the cgroup or the network refused; then it is off.
     pub async fn power_on(self: &Arc<Self>) -> Result<()> {
-        if matches!(*self.power.borrow(), Power::On { .. }) {
+        if !self.is_off() {
             return Ok(());
         }
         let slots_dir = self.paths.cache_dir.join("boot");
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let slot = slots::take(slots_dir, cpus).await?;
-        *lock(&self.ended_by) = None;
         *lock(&self.agent) = connect(&self.channel);
         let started = Instant::now();
         let on = self.power_on_here().await;
@@ -84,17 +84,14 @@ impl Machine {
             }
         }
         self.libvirt.resume(uuid).await?;
-        self.power.send_replace(Power::On {
-            pid,
-            boot: Boot::Booting,
-        });
+        self.change(Input::PoweredOn { pid });
         Ok(())
     }
 
     /// Waits for the agent and makes the guest the pod.
     pub(super) async fn boot(self: &Arc<Self>) {
         let bound = self.config.boot_timeout();
-        let (boot_number, agent) = (*self.reboots.borrow(), self.agent());
+        let (reboots, agent) = (self.boot_number(), self.agent());
         let booted = tokio::time::timeout(bound, async {
             agent.ready(bound).await?;
             let setup = agent.setup(self.setup_request()).await;
@@ -102,7 +99,7 @@ impl Machine {
             self.size_again(&agent).await?;
             Ok::<_, Error>(setup)
         });
-        let mut power = self.power.subscribe();
+        let mut states = self.states.subscribe();
         let result = tokio::select! {
             booted = booted => match booted {
                 Ok(Ok(setup)) => {
@@ -113,7 +110,7 @@ impl Machine {
                 Ok(Err(error)) => Err(error.chain()),
                 Err(_) => Err(format!("its agent did not answer within {} s", bound.as_secs())),
             },
-            _ = power.wait_for(|power| matches!(power, Power::Off(_))) => {
+            _ = states.wait_for(State::is_off) => {
                 Err("it powered off while booting".into())
             }
         };
@@ -126,21 +123,11 @@ impl Machine {
                 ))
             }
         };
-        if boot_number != *self.reboots.borrow() {
-            // It rebooted meanwhile (a guest's reboot may reset it more than once); that boot
-            // has its own end.
-            return;
-        }
+        // One that rebooted meanwhile (a guest's reboot may reset it more than once) has another
+        // boot, which has its own end.
         let ready = boot == Boot::Ready;
-        self.power.send_if_modified(|power| match power {
-            Power::On { boot: current, .. } => {
-                *current = boot.clone();
-                true
-            }
-            // It ended meanwhile; whoever waits is told why it did not come up.
-            Power::Off(_) => false,
-        });
-        if ready {
+        let is_this_boot = self.change(Input::Booted { reboots, boot });
+        if ready && is_this_boot {
             self.inherited.store(false, Ordering::Relaxed);
             self.events_after.store(0, Ordering::Relaxed);
             self.watch_guest();
@@ -184,24 +171,27 @@ impl Machine {
     /// # Errors
     /// It did not come up, or is off; the text ends with what its console said last.
     pub async fn ready(&self) -> Result<u32> {
-        let mut power = self.power.subscribe();
-        let settled = power
-            .wait_for(|power| {
-                !matches!(
-                    power,
-                    Power::On {
-                        boot: Boot::Booting,
-                        ..
-                    }
-                )
-            })
+        let mut states = self.states.subscribe();
+        let is_settled = |state: &State| {
+            !matches!(
+                state.power,
+                Power::On {
+                    boot: Boot::Booting,
+                    ..
+                }
+            )
+        };
+        let settled = states
+            .wait_for(is_settled)
             .await
             .map_err(|_| Error::Unavailable("the machine is being removed".into(), None))?
+            .power
             .clone();
         match settled {
             Power::On {
                 pid,
                 boot: Boot::Ready,
+                ..
             } => Ok(pid),
             Power::On {
                 boot: Boot::Failed(reason),

@@ -17,7 +17,7 @@ impl Machine {
     /// # Errors
     /// libvirt or QEMU refused.
     pub async fn plug(&self, image: &Image) -> Result<String> {
-        let _one_at_a_time = self.plugging.lock().await;
+        let _turn = self.plugging.turn().await;
         let disk = {
             let plan = lock(&self.plan);
             if plan.images.iter().any(|disk| disk.serial == image.key) {
@@ -41,7 +41,7 @@ impl Machine {
     /// # Errors
     /// libvirt or QEMU refused.
     pub(super) async fn unplug_idle(&self) -> Result<()> {
-        let _one_at_a_time = self.plugging.lock().await;
+        let _turn = self.plugging.turn().await;
         let used: Vec<String> = self
             .named_containers()
             .iter()

@@ -14,7 +14,8 @@ use dyad_runtime_handler::migration::{
 use log::{debug, info, warn};
 use tokio::sync::watch;
 
-use super::{Machine, POD_DISK_SERIAL, Power, lock};
+use super::state::{Input, Link, Role};
+use super::{Machine, POD_DISK_SERIAL, lock};
 use crate::events::{Ending, Observed};
 use crate::libvirt::{self, Job, Libvirt, LibvirtError, Of};
 use crate::migrate::offer::{
@@ -164,6 +165,29 @@ impl Machine {
         pod: Vec<u8>,
         progress: watch::Sender<MigrationProgress>,
     ) -> Result<Sent> {
+        if !self.change(Input::Leaves) {
+            return Err(Error::FailedPrecondition(format!(
+                "cannot migrate: {}",
+                match self.state().role {
+                    Role::Leaving(_) => "another migration of the machine is under way",
+                    Role::Arriving(_) => "the machine waits for its source",
+                    _ => "the machine is not here any more",
+                }
+            )));
+        }
+        let sent = self.send_away(parameters, pod, progress).await;
+        if sent.is_err() {
+            self.change(Input::StaysHere);
+        }
+        sent
+    }
+
+    async fn send_away(
+        self: &Arc<Self>,
+        parameters: &MigrationParameters,
+        pod: Vec<u8>,
+        progress: watch::Sender<MigrationProgress>,
+    ) -> Result<Sent> {
         let uuid = self.record.uuid;
         progress.send_modify(|progress| progress.stage = Stage::Preparing);
         self.unplug_idle().await?;
@@ -172,9 +196,7 @@ impl Machine {
         let mut record = self.record.clone();
         record.leaving = true;
         self.folder.save(&record)?;
-        self.post_copy.store(false, Ordering::Relaxed);
-        self.leaving.store(true, Ordering::Relaxed);
-        let moved = if self.give_up.swap(false, Ordering::Relaxed) {
+        let moved = if !self.change(Input::Moves) {
             Err(Error::FailedPrecondition("cancelled".into()))
         } else {
             let migrated = self.libvirt.migrate(uuid, job);
@@ -199,8 +221,6 @@ impl Machine {
         debug!("machine {uuid} is {found:?}");
         match found {
             Whereabouts::Here => {
-                self.give_up.store(false, Ordering::Relaxed);
-                self.leaving.store(false, Ordering::Relaxed);
                 self.folder.save(&self.record)?;
                 Err(moved.err().unwrap_or_else(|| {
                     Error::Unavailable("libvirt says that it did not move".into(), None)
@@ -258,7 +278,7 @@ impl Machine {
                 .iter()
                 .map(|disk| (disk.serial.clone(), disk.unit))
                 .collect(),
-            sizing: self.sizing().await,
+            sizing: self.sizing(),
             macs: ready.found.macs.clone(),
             network: Held::of(&lock(&self.network), &lock(&self.former)),
             kernel_release: lock(&self.kernel_release).clone(),
@@ -355,7 +375,7 @@ impl Machine {
                     bandwidth = Some(bound);
                 }
                 let stands = matches!(self.libvirt.state(uuid).await, Ok(Observed::Paused));
-                let post_copy = self.post_copy.load(Ordering::Relaxed);
+                let post_copy = self.state().is_in_post_copy();
                 if post_copy
                     && stands
                     && matches!(destination.state(uuid).await, Ok(Observed::Running))
@@ -416,8 +436,7 @@ impl Machine {
             given_up = is_over.then(|| given_up.unwrap_or_else(Instant::now));
             let hangs = given_up.is_some_and(|since| since.elapsed() > STANDSTILL);
             // After the switch, what is here is still wanted there.
-            if (hangs || destination.state(uuid).await.is_err())
-                && !self.post_copy.load(Ordering::Relaxed)
+            if (hangs || destination.state(uuid).await.is_err()) && !self.state().is_in_post_copy()
             {
                 match self.libvirt.break_streams(uuid).await {
                     Ok(true) => info!("machine {uuid}: its migration's streams are broken off"),
@@ -474,7 +493,7 @@ impl Machine {
                 .ok()
         };
         let here = answer(self.libvirt.state(uuid).await);
-        let post_copy = self.post_copy.load(Ordering::Relaxed);
+        let post_copy = self.state().is_in_post_copy();
         let (mut there, mut in_halves) = (None, None);
         if here.is_some() && whereabouts::from_here(here, is_done).is_none() {
             there = answer(destination.state(uuid).await);
@@ -495,8 +514,7 @@ impl Machine {
 
     /// It runs there: lets go of all that could disturb it, and tells where to go on.
     async fn let_go(&self, destination: &Libvirt) {
-        self.moved.store(true, Ordering::Relaxed);
-        self.power.send_replace(Power::Off(Some(Ending::Migrated)));
+        self.change(Input::HasMoved);
         self.hand_over(destination).await;
         // Where its last word was lost, libvirt here keeps the definition.
         if let Err(error) = self.libvirt.undefine(self.record.uuid).await {
@@ -523,18 +541,18 @@ impl Machine {
 
     /// Whether the link to the guest was given up, for a target: nobody here asks it again.
     pub fn has_let_go(&self) -> bool {
-        self.let_go.load(Ordering::Relaxed)
+        self.states.borrow().has_let_go()
     }
 
     /// Lets go of the link to the guest, once, and tells the target how far each stream is.
     /// Asked again, it goes on where the first one was broken off.
     async fn hand_over(&self, destination: &Libvirt) {
         let uuid = self.record.uuid;
-        let mut told_before = self.handed_over.lock().await;
-        if *told_before {
+        let _turn = self.handing_over.turn().await;
+        if self.state().is_handed_over() {
             return;
         }
-        self.let_go.store(true, Ordering::Relaxed);
+        self.change(Input::LinkIs(Link::LetGo));
         let agent = self.agent();
         let streams = agent.hand_over(HANDOVER_WITHIN).await;
         let handover = Handover {
@@ -553,7 +571,7 @@ impl Machine {
             warn!("hand over the streams of {uuid}: {}", error.chain());
         }
         agent.close();
-        *told_before = true;
+        self.change(Input::LinkIs(Link::HandedOver));
         debug!("machine {uuid}: its streams are handed over");
     }
 
@@ -564,9 +582,9 @@ impl Machine {
     pub async fn cancel_migration(&self) -> Result<()> {
         let uuid = self.record.uuid;
         let began = Instant::now();
-        self.give_up.store(true, Ordering::Relaxed);
+        self.change(Input::Cancelled);
         loop {
-            if self.post_copy.load(Ordering::Relaxed) {
+            if self.state().is_in_post_copy() {
                 return Err(Error::FailedPrecondition(
                     "the machine runs on the target already and fetches its memory".into(),
                 ));
@@ -574,7 +592,7 @@ impl Machine {
             match self.libvirt.abort_job(uuid).await {
                 Ok(()) => return Ok(()),
                 Err(error) if began.elapsed() > CANCEL_WITHIN => return Err(error.into()),
-                Err(_) if self.moved.load(Ordering::Relaxed) => {
+                Err(_) if self.state().has_moved() => {
                     return Err(Error::FailedPrecondition("the machine has moved".into()));
                 }
                 // It may only be about to begin.
@@ -597,7 +615,7 @@ impl Machine {
             .await
             .is_ok_and(|job| job.memory_done != 0)
         {
-            if !self.leaving.load(Ordering::Relaxed) || self.moved.load(Ordering::Relaxed) {
+            if !self.state().is_moving() {
                 return Ok(());
             }
             tokio::time::sleep(LOOK_EVERY).await;
@@ -606,10 +624,10 @@ impl Machine {
             Hurry::Pause => Ok(self.libvirt.suspend_for_migration(uuid).await?),
             Hurry::PostCopy => {
                 // Before: a switch whose answer is lost is a switch.
-                self.post_copy.store(true, Ordering::Relaxed);
+                self.change(Input::PostCopy(true));
                 let started = self.libvirt.start_post_copy(uuid).await;
                 if started.is_err() {
-                    self.post_copy.store(false, Ordering::Relaxed);
+                    self.change(Input::PostCopy(false));
                 }
                 Ok(started?)
             }

@@ -1,7 +1,6 @@
 //! What libvirt tells of the machine's power, and taking it away.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use dyad_runtime_handler::Error;
@@ -11,7 +10,8 @@ use log::{debug, info, warn};
 use tokio::sync::mpsc;
 
 use super::images::connect;
-use super::{Boot, Machine, Power, lock};
+use super::state::{Input, State};
+use super::{Machine, lock};
 use crate::events::{Change, Ending, Observed};
 use crate::libvirt;
 
@@ -46,33 +46,27 @@ impl Machine {
             match change {
                 // Its end here may be a step of the migration, which says what it comes to. A
                 // libvirtd that died meanwhile finds QEMU gone, and calls that a crash.
-                Change::Stopped(_) if machine.leaves() => {}
+                Change::Stopped(_) if machine.state().leaves() => {}
                 Change::Started => starting = true,
                 Change::Resumed if starting => starting = false,
                 Change::Suspended if starting => {}
                 Change::Suspended => {
-                    machine.suspended.store(true, Ordering::Relaxed);
+                    machine.change(Input::Suspended);
                     machine.tell(MachineEvent::Suspended);
                 }
                 Change::Resumed => {
-                    machine.suspended.store(false, Ordering::Relaxed);
+                    machine.change(Input::Resumed);
                     machine.tell(MachineEvent::Resumed);
                 }
                 Change::Rebooted => machine.rebooted(),
                 Change::Panicked => machine.tell(MachineEvent::Crashed),
                 Change::Stopped(ending) => {
                     starting = false;
-                    machine.suspended.store(false, Ordering::Relaxed);
                     machine.ended(ending);
                 }
                 Change::Undefined | Change::Arriving => {}
             }
         }
-    }
-
-    fn leaves(&self) -> bool {
-        let leaving = self.leaving.load(Ordering::Relaxed);
-        leaving || self.moved.load(Ordering::Relaxed)
     }
 
     /// Looks after the console's log until the machine is dropped. libvirt's own way,
@@ -104,20 +98,11 @@ impl Machine {
 
     /// The guest's processes are gone; it comes up anew.
     fn rebooted(self: &Arc<Self>) {
-        let was_on = self.power.send_if_modified(|power| match power {
-            Power::On { boot, .. } => {
-                *boot = Boot::Booting;
-                true
-            }
-            Power::Off(_) => false,
-        });
-        if was_on {
+        if self.change(Input::Rebooted) {
             info!("machine {} rebooted", self.record.uuid);
-            self.reboots.send_modify(|count| *count += 1);
             // The new guest knows nothing of the old one's calls and streams.
             let old = std::mem::replace(&mut *lock(&self.agent), connect(&self.channel));
             old.close();
-            self.suspended.store(false, Ordering::Relaxed);
             self.end_all(128 + libc::SIGKILL as u32, |process| {
                 process.container != self.record.sandbox_id
             });
@@ -128,16 +113,16 @@ impl Machine {
     }
 
     pub(super) fn ended(&self, ending: Ending) {
-        let status = match (*lock(&self.ended_by), ending) {
-            (Some(signal), _) => 128 + signal.unsigned_abs(),
-            _ => ending.status(),
+        let status = match self.state().ended_by() {
+            Some(signal) => 128 + signal.unsigned_abs(),
+            None => ending.status(),
         };
         info!(
             "machine {} ended: {ending:?}, status {status}",
             self.record.uuid
         );
         // First the state: who is told of an exit may ask for it.
-        self.power.send_replace(Power::Off(Some(ending)));
+        self.change(Input::Ended(ending));
         // Nobody writes its processes' output any more: let go of their FIFOs.
         self.agent().close();
         self.end_all(status, |process| {
@@ -189,10 +174,10 @@ impl Machine {
     /// off.
     pub async fn reboot(&self, force: bool, grace: Duration) -> Result<u32> {
         // Seen by its number: another reboot must not be taken for this one.
-        let before = *self.reboots.borrow();
-        let mut reboots = self.reboots.subscribe();
+        let before = self.boot_number();
+        let mut states = self.states.subscribe();
         let mut rebooted = async |bound: Duration| {
-            let seen = reboots.wait_for(|count| *count != before);
+            let seen = states.wait_for(|state| state.reboots != before);
             tokio::time::timeout(bound, seen).await.is_ok()
         };
         let mut done = false;
@@ -230,7 +215,7 @@ impl Machine {
         if self.is_off() {
             return Ok(());
         }
-        lock(&self.ended_by).get_or_insert(signal);
+        self.change(Input::EndAsked(signal));
         // libvirt's own way looks five times a second whether QEMU is gone; QEMU ends within
         // milliseconds of SIGTERM, and libvirt sees that at once.
         let told = self
@@ -251,22 +236,22 @@ impl Machine {
 
     /// Tells one boot of its guest from the next in the same QEMU.
     pub fn boot_number(&self) -> u64 {
-        *self.reboots.borrow()
+        self.states.borrow().reboots
     }
 
     /// Whether its vCPUs are stopped.
     pub fn is_suspended(&self) -> bool {
-        self.suspended.load(Ordering::Relaxed)
+        self.states.borrow().is_suspended()
     }
 
     /// Whether it is powered off.
     pub fn is_off(&self) -> bool {
-        matches!(*self.power.borrow(), Power::Off(_))
+        self.states.borrow().is_off()
     }
 
     async fn await_off(&self, bound: Duration) -> bool {
-        let mut power = self.power.subscribe();
-        let off = power.wait_for(|power| matches!(power, Power::Off(_)));
+        let mut states = self.states.subscribe();
+        let off = states.wait_for(State::is_off);
         tokio::time::timeout(bound, off).await.is_ok()
     }
 

@@ -1,21 +1,173 @@
 //! What must hold, and must be there, before a machine can be defined.
 
+use std::sync::Arc;
+
 use dyad_runtime_handler::Error;
-use dyad_runtime_handler::config::Channel;
+use dyad_runtime_handler::config::{Channel, MachineConfig};
 use dyad_runtime_handler::error::{Context, Result};
+use dyad_runtime_handler::migration;
 use dyad_runtime_handler::spec::ContainerSpec;
+use log::info;
 use uuid::Uuid;
 
-use crate::domain::AgentChannel;
+use super::POD_DISK_SERIAL;
+use crate::domain::{AgentChannel, DomainPlan, Nic, PodDisk};
 use crate::events::Observed;
-use crate::kept::Kept;
+use crate::kept::{self, Kept};
 use crate::libvirt::Libvirt;
-use crate::record::Folder;
+use crate::network::plan::NetworkPlan;
+use crate::network::{apply as network, plan as network_plan};
+use crate::record::{Folder, Record, machine_uuid};
+use crate::resize::Reached;
+use crate::size::PodSize;
+use crate::spec::SandboxSpec;
 use crate::storage::apply::{self as storage, QemuUser};
-use crate::{Paths, size};
+use crate::storage::cache;
+use crate::{Paths, accelerator, host, size};
 
 /// A unix socket's address holds no more.
 const SOCKET_PATH_MAX: usize = 107;
+
+/// A pod on this host, and where the traces of its machine go.
+pub(super) struct Site {
+    pub config: Arc<MachineConfig>,
+    pub paths: Paths,
+    pub libvirt: Libvirt,
+    pub sandbox: SandboxSpec,
+    pub record: Record,
+    pub folder: Folder,
+}
+
+/// What a machine is made from: its plan, with its files in place.
+pub(super) struct Prepared {
+    /// As it was saved.
+    pub record: Record,
+    pub plan: DomainPlan,
+    pub wanted: PodSize,
+    pub network: NetworkPlan,
+    pub qemu_user: Option<QemuUser>,
+    pub pod_key: Option<Uuid>,
+    /// The disk is that of the pod's last sandbox.
+    pub inherited: bool,
+}
+
+/// Looks at the pod and the host, makes the machine's folders and its disk, and plans its domain.
+///
+/// # Errors
+/// The spec asks for what a machine cannot give, or the host lacks something.
+pub(super) async fn prepare(site: &Site, spec: &ContainerSpec) -> Result<Prepared> {
+    let Site {
+        config,
+        paths,
+        libvirt,
+        sandbox,
+        folder,
+        ..
+    } = site;
+    let mut record = site.record.clone();
+    let uuid = record.uuid;
+    let pod = machine_uuid(&record.containerd_namespace, &record.sandbox_id);
+    let waits = migration::source_of(&spec.pod).is_some();
+    let wanted = size::plan(
+        config,
+        &sandbox.annotations,
+        &spec.pod.annotations,
+        host_size()?,
+    )?;
+    check_readable("kernel", &config.kernel)?;
+    check_readable("initramfs", &config.initramfs)?;
+    check_socket_path(&folder.console_socket())?;
+
+    let capabilities = host::capabilities(libvirt).await?;
+    let accelerator = accelerator::choose(
+        config.accelerator,
+        &capabilities,
+        &config.kernel,
+        &paths.cache_dir,
+    )
+    .await?;
+    let network = match &sandbox.netns {
+        Some(netns) => {
+            let found = network::read(netns).await?;
+            network_plan::plan(pod, &found.links, &found.addresses, &found.routes)
+                .map_err(|error| Error::FailedPrecondition(error.to_string()))?
+        }
+        None => NetworkPlan::default(),
+    };
+
+    record.bundle = Some(spec.bundle.clone());
+    record.netns = sandbox.netns.clone();
+    record.cgroups_path = sandbox.cgroups_path.clone();
+    record.size = Some(wanted.size);
+    record.reached = Some(Reached::at_boot(&wanted.size));
+    record.taps = network
+        .interfaces
+        .iter()
+        .map(|interface| (interface.name.clone(), interface.tap.clone()))
+        .collect();
+    make_folders(paths, folder, capabilities.qemu_user)?;
+    storage::check_on_disk(&folder.dir)?;
+    folder.save(&record)?;
+    folder.kept.sweep();
+    cache::sweep(&folder.images);
+    let pod_key = kept::key(&record.containerd_namespace, &spec.pod.uid);
+    // A target's is filled by its source.
+    let inherited = match pod_key {
+        Some(key) if !waits => inherit_disk(libvirt, paths, folder, key).await?,
+        _ => false,
+    };
+    if inherited {
+        info!("machine {uuid}: the pod's disk is that of its last sandbox");
+    } else {
+        storage::pod_disk(
+            folder.disk(),
+            wanted.disk_gib,
+            capabilities.qemu_user,
+            !waits,
+        )
+        .await?;
+    }
+
+    let channel = choose_channel(config.channel, folder, pod)?;
+    let plan = DomainPlan {
+        uuid,
+        title: title(spec),
+        sandbox_id: record.sandbox_id.clone(),
+        containerd_namespace: record.containerd_namespace.clone(),
+        accelerator,
+        size: wanted.size,
+        reached: Reached::at_boot(&wanted.size),
+        kernel: config.kernel.clone(),
+        initramfs: config.initramfs.clone(),
+        kernel_params: config.kernel_params.clone(),
+        channel,
+        pod_disk: PodDisk {
+            file: folder.disk(),
+            serial: POD_DISK_SERIAL.into(),
+        },
+        nics: network
+            .interfaces
+            .iter()
+            .map(|interface| Nic {
+                tap: interface.tap.clone(),
+                mac: interface.mac.clone(),
+                mtu: interface.mtu,
+            })
+            .collect(),
+        console_socket: folder.console_socket(),
+        console_log: folder.console(),
+        images: Vec::new(),
+    };
+    Ok(Prepared {
+        record,
+        plan,
+        wanted,
+        network,
+        qemu_user: capabilities.qemu_user,
+        pod_key,
+        inherited,
+    })
+}
 
 pub(super) fn title(spec: &ContainerSpec) -> String {
     if spec.pod.name.is_empty() {

@@ -36,7 +36,7 @@ impl Machine {
     /// # Errors
     /// `InvalidArgument` with the bounds, for what the machine cannot become.
     pub async fn grows_by(&self, container: &str, resources: &LinuxResources) -> Result<bool> {
-        let mut ledger = self.sizing.lock().await.clone();
+        let mut ledger = lock(&self.ledger).clone();
         let limits = ledger.limits(container).changed_by(resources);
         ledger.set(container, limits);
         let (target, was) = (ledger.target(&self.size())?, self.reached());
@@ -45,7 +45,7 @@ impl Machine {
 
     /// The container's limits, as far as the machine follows them.
     pub async fn limits(&self, container: &str) -> Limits {
-        self.sizing.lock().await.limits(container)
+        lock(&self.ledger).limits(container)
     }
 
     /// The container's limits change: the machine follows.
@@ -55,18 +55,13 @@ impl Machine {
     /// `FailedPrecondition` where it is paused, or its guest does not give the memory back.
     /// Then its size is as before.
     pub async fn resize(&self, container: &str, resources: &LinuxResources) -> Result<()> {
-        let limits = self
-            .sizing
-            .lock()
-            .await
-            .limits(container)
-            .changed_by(resources);
+        let limits = lock(&self.ledger).limits(container).changed_by(resources);
         self.follow_limits(container, limits).await
     }
 
     async fn follow_limits(&self, container: &str, limits: Limits) -> Result<()> {
-        let mut ledger = self.sizing.lock().await;
-        let mut changed = ledger.clone();
+        let _turn = self.sizing.turn().await;
+        let mut changed = lock(&self.ledger).clone();
         changed.set(container, limits);
         let target = changed.target(&self.size())?;
         let was = self.reached();
@@ -78,7 +73,7 @@ impl Machine {
             }
             return Err(error);
         }
-        *ledger = changed;
+        *lock(&self.ledger) = changed;
         Ok(())
     }
 
@@ -88,22 +83,22 @@ impl Machine {
     }
 
     /// What it was made for and what became of that, for a target.
-    pub(super) async fn sizing(&self) -> Sizing {
+    pub(super) fn sizing(&self) -> Sizing {
         Sizing {
             size: self.size(),
             reached: self.reached(),
-            ledger: self.sizing.lock().await.clone(),
+            ledger: lock(&self.ledger).clone(),
         }
     }
 
     /// Goes on from the source's.
-    pub(super) async fn take_sizing(&self, sizing: &Sizing) {
+    pub(super) fn take_sizing(&self, sizing: &Sizing) {
         {
             let mut plan = lock(&self.plan);
             plan.size = sizing.size;
             plan.reached = sizing.reached;
         }
-        *self.sizing.lock().await = sizing.ledger.clone();
+        *lock(&self.ledger) = sizing.ledger.clone();
     }
 
     /// How big it is.
