@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use dyad_linux::files::{self, PRIVATE, write_atomically};
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
 use log::{debug, warn};
@@ -17,7 +18,6 @@ use crate::Paths;
 use crate::domain::Size;
 use crate::kept::Kept;
 use crate::resize::Reached;
-use crate::storage::apply::write_atomically;
 
 /// The format's version.
 const VERSION: u32 = 1;
@@ -170,7 +170,7 @@ impl Folder {
     pub fn save(&self, record: &Record) -> Result<()> {
         let json = serde_json::to_vec_pretty(record).context(|| "write machine.json".into())?;
         let path = self.record();
-        write_atomically(&path, &json).context(|| format!("write {}", path.display()))
+        write_atomically(&path, &json, PRIVATE)
     }
 
     /// Reads the record; `None`: there is none. One that cannot be read is kept aside
@@ -198,7 +198,7 @@ impl Folder {
             Err(error) => {
                 let aside = path.with_extension("json.damaged");
                 warn!("{}: {error}; kept as {}", path.display(), aside.display());
-                std::fs::rename(&path, &aside)
+                files::rename(&path, &aside)
                     .context(|| format!("keep {} aside", path.display()))?;
                 Ok(None)
             }
@@ -249,7 +249,7 @@ impl Folder {
         log.seek(SeekFrom::Start(length - limit / 2))
             .context(what)?;
         (&log).take(limit).read_to_end(&mut tail).context(what)?;
-        write_atomically(&path.with_extension("log.1"), &tail).context(what)?;
+        write_atomically(&path.with_extension("log.1"), &tail, PRIVATE)?;
         log.set_len(0).context(what)
     }
 
