@@ -5,6 +5,7 @@
 //! statistics, exits) and no trait of it.
 
 pub mod cgroup;
+pub mod fd;
 pub mod files;
 pub mod outlet;
 pub mod program;
