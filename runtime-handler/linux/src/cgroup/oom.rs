@@ -99,6 +99,18 @@ impl OomWatch {
         }
     }
 
+    /// As [`Self::next`], of a watch that may be missing; one that has ended is dropped,
+    /// and nothing comes from none.
+    pub async fn next_of(watch: &mut Option<Self>) {
+        if let Some(oom) = watch {
+            if oom.next().await.is_some() {
+                return;
+            }
+            *watch = None;
+        }
+        std::future::pending().await
+    }
+
     /// Whether there were kills that [`Self::next`] has not told; they count as told
     /// from now on. To be asked when a process ended, before its end is reported.
     pub fn missed(&mut self) -> bool {
