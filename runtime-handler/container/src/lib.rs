@@ -31,4 +31,4 @@ pub mod tls;
 
 pub use choose::{check, features};
 pub use handler::{Containers, Folders};
-pub use migration::{pod_uuid, socket_path};
+pub use migration::socket_path;

@@ -52,7 +52,7 @@ use crate::libvirt::Libvirt;
 use crate::migrate::offer::Offer;
 use crate::network::plan::{Held, NetworkPlan};
 use crate::network::{apply as network, plan as network_plan};
-use crate::record::{Folder, Record, machine_uuid};
+use crate::record::{Folder, Record};
 use crate::resize::{Ledger, Reached};
 use crate::spec::SandboxSpec;
 use crate::storage::apply::{self as storage, QemuUser};
@@ -237,7 +237,10 @@ impl Machine {
         folder: Folder,
     ) -> Result<Arc<Self>> {
         let uuid = record.uuid;
-        let pod = machine_uuid(&record.containerd_namespace, &record.sandbox_id);
+        let pod = dyad_runtime_handler::identity::pod_uuid(
+            &record.containerd_namespace,
+            &record.sandbox_id,
+        );
         let waits = migration::source_of(&spec.pod).is_some();
         let wanted = size::plan(
             &config,

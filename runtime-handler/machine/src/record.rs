@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use dyad_linux::files::{self, PRIVATE, write_atomically};
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
+use dyad_runtime_handler::identity::pod_uuid;
 use log::{debug, warn};
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
@@ -21,17 +22,6 @@ use crate::resize::Reached;
 
 /// The format's version.
 const VERSION: u32 = 1;
-/// Namespace of machine UUIDs.
-const MACHINES: Uuid = Uuid::from_u128(0x6479_6164_0000_5000_8000_6d61_6368_696e);
-
-/// The machine of a pod: stable, so that making it twice makes one, and a crash leaves
-/// nothing unnamed.
-pub fn machine_uuid(containerd_namespace: &str, sandbox_id: &str) -> Uuid {
-    Uuid::new_v5(
-        &MACHINES,
-        format!("{containerd_namespace}/{sandbox_id}").as_bytes(),
-    )
-}
 
 /// A machine's traces on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,7 +61,7 @@ impl Record {
     pub fn new(containerd_namespace: &str, sandbox_id: &str) -> Self {
         Self {
             version: VERSION,
-            uuid: machine_uuid(containerd_namespace, sandbox_id),
+            uuid: pod_uuid(containerd_namespace, sandbox_id),
             sandbox_id: sandbox_id.to_owned(),
             containerd_namespace: containerd_namespace.to_owned(),
             netns: None,
@@ -271,18 +261,7 @@ mod tests {
     use super::*;
 
     fn folder(dir: &Path) -> Folder {
-        Folder::new(
-            &dir.join("run"),
-            &dir.join("lib"),
-            machine_uuid("k8s.io", "s1"),
-        )
-    }
-
-    #[test]
-    fn a_pod_has_one_uuid_in_each_containerd_namespace() {
-        assert_eq!(machine_uuid("k8s.io", "s1"), machine_uuid("k8s.io", "s1"));
-        assert_ne!(machine_uuid("k8s.io", "s1"), machine_uuid("default", "s1"));
-        assert_ne!(machine_uuid("k8s.io", "s1"), machine_uuid("k8s.io", "s2"));
+        Folder::new(&dir.join("run"), &dir.join("lib"), pod_uuid("k8s.io", "s1"))
     }
 
     #[test]
