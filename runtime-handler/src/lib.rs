@@ -9,6 +9,7 @@ pub mod check;
 pub mod config;
 pub mod error;
 pub mod handler;
+pub mod identity;
 pub mod migration;
 pub mod spec;
 pub mod stats;

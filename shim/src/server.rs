@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dyad_linux::files::{PRIVATE, create_private_dir, write_atomically};
 use dyad_runtime_handler::error::Context as _;
 use dyad_runtime_handler::{Error, Result};
 use log::{info, warn};
@@ -18,7 +19,7 @@ use crate::backend::{Backend, BackendContext};
 use crate::bootstrap::launch::Launch;
 use crate::events::{Destination, Publisher};
 use crate::peers::Peers;
-use crate::sandbox::record::{self, Found, write_atomically};
+use crate::sandbox::record::{self, Found};
 use crate::sandbox::{Driver, Pod, Sandbox};
 use crate::{logger, rpc};
 
@@ -137,7 +138,7 @@ async fn run(launch: Launch, listener: UnixListener, backend: Backend) -> Result
 /// and we cannot read is kept aside.
 fn prepare_pod_dir(launch: &Launch) -> Result<()> {
     let dir = launch.pod_dir();
-    crate::bootstrap::socket::create_private_dir(&dir)?;
+    create_private_dir(&dir)?;
     match record::read(&dir)? {
         Found::Unreadable { kept_at, reason } => {
             warn!(
@@ -147,7 +148,8 @@ fn prepare_pod_dir(launch: &Launch) -> Result<()> {
         }
         Found::Nothing | Found::Record(_) => {}
     }
-    write_atomically(&dir.join(ADDRESS_FILE), launch.address().as_bytes())
+    let address = launch.address();
+    write_atomically(&dir.join(ADDRESS_FILE), address.as_bytes(), PRIVATE)
 }
 
 fn listener_from_stdin() -> Result<UnixListener> {

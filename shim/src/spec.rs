@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use dyad_linux::files::{PRIVATE, write_atomically};
 use dyad_runtime_handler::error::Context as _;
 use dyad_runtime_handler::spec::{PodInfo, Role};
 use dyad_runtime_handler::{Error, Result};
@@ -10,7 +11,6 @@ use oci_spec::runtime::Spec;
 use serde::Deserialize;
 
 use crate::config::Config;
-use crate::sandbox::record::write_atomically;
 
 /// CRI's annotations on every container (containerd: internal/cri/annotations): what it is.
 pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
@@ -79,7 +79,7 @@ pub fn read(bundle: &Path) -> Result<Spec> {
 pub fn write(bundle: &Path, spec: &Spec) -> Result<()> {
     let path = bundle.join("config.json");
     let text = serde_json::to_vec(spec).context(|| format!("encode {}", path.display()))?;
-    write_atomically(&path, &text)
+    write_atomically(&path, &text, PRIVATE)
 }
 
 impl Identity {

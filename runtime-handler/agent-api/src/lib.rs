@@ -4,6 +4,7 @@
 //! that may break at any byte and go on elsewhere.
 
 pub mod link;
+pub mod stats;
 
 pub use containerd_shim_protos as task_api;
 pub use protobuf;

@@ -1,25 +1,16 @@
 //! The guest's cgroup v2 tree: `/pod` for all, `/pod/<container>` for each.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use dyad_agent_api::task_api::cgroups_v2::metrics::{
-    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
-};
+use dyad_linux::cgroup::Cgroup;
 use dyad_runtime_handler::{Error, Result, error::Context};
-use nix::errno::Errno;
 use oci_spec::runtime::LinuxResources;
-
-use crate::notify::FileWatch;
 
 /// Where the hierarchy is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// The parent of all containers.
 const POD: &str = "pod";
-/// How long the freezer may take.
-const FREEZE_WITHIN: Duration = Duration::from_secs(10);
 
 /// Lets every controller through to the containers' groups.
 ///
@@ -43,324 +34,54 @@ pub fn enable_controllers() -> Result<()> {
     Ok(())
 }
 
-/// One container's group.
-#[derive(Debug, Clone)]
-pub struct Cgroup(PathBuf);
+/// The group of `container`, whose id the caller has checked. libcontainer only joins a
+/// group that exists, and so does not walk and enable controllers from the root for every
+/// container: [`create`] makes it.
+pub fn of(container: &str) -> Cgroup {
+    Cgroup::v2(dir_of(container))
+}
 
-impl Cgroup {
-    /// The group of `container`, whose id the caller has checked.
-    pub fn of(container: &str) -> Self {
-        Self(Path::new(ROOT).join(POD).join(container))
-    }
+/// The group of all containers.
+pub fn pod() -> Cgroup {
+    Cgroup::v2(Path::new(ROOT).join(POD))
+}
 
-    /// The group of all containers.
-    pub fn pod() -> Self {
-        Self(Path::new(ROOT).join(POD))
-    }
+/// What `linux.cgroupsPath` says for `container`.
+pub fn spec_path(container: &str) -> PathBuf {
+    Path::new("/").join(POD).join(container)
+}
 
-    /// What `linux.cgroupsPath` says for `container`.
-    pub fn spec_path(container: &str) -> PathBuf {
-        Path::new("/").join(POD).join(container)
-    }
+/// Makes the group of `container`.
+///
+/// # Errors
+/// The kernel refused.
+pub fn create(container: &str) -> Result<()> {
+    let dir = dir_of(container);
+    fs::create_dir_all(&dir).context(|| format!("create {}", dir.display()))
+}
 
-    /// One of its files.
-    pub fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
+fn dir_of(container: &str) -> PathBuf {
+    Path::new(ROOT).join(POD).join(container)
+}
 
-    /// Makes it. libcontainer only joins a group that exists, and so does not walk
-    /// and enable controllers from the root for every container.
-    ///
-    /// # Errors
-    /// The kernel refused.
-    pub fn create(&self) -> Result<()> {
-        fs::create_dir_all(&self.0).context(|| format!("create {}", self.0.display()))
-    }
-
-    /// Ends every process in it and below, and waits until they are gone.
-    ///
-    /// # Errors
-    /// `DeadlineExceeded` after `limit`.
-    pub async fn kill(&self, limit: Duration) -> Result<()> {
-        match fs::write(self.file("cgroup.kill"), "1") {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            result => result.context(|| format!("kill {}", self.0.display()))?,
-        }
-        self.wait_event("populated 0", limit).await
-    }
-
-    /// Removes it and what the container made below it; no process is in it.
-    ///
-    /// # Errors
-    /// Something is still in it.
-    pub fn remove(&self) -> Result<()> {
-        remove_tree(&self.0).context(|| format!("remove {}", self.0.display()))
-    }
-
-    /// Freezes or thaws every process in it, and waits until it is so.
-    ///
-    /// # Errors
-    /// `DeadlineExceeded`; then it is thawed.
-    pub async fn freeze(&self, freeze: bool) -> Result<()> {
-        let write = |freeze| {
-            let file = self.file("cgroup.freeze");
-            fs::write(&file, if freeze { "1" } else { "0" })
-                .context(|| format!("write {}", file.display()))
-        };
-        write(freeze)?;
-        let wanted = if freeze { "frozen 1" } else { "frozen 0" };
-        let done = self.wait_event(wanted, FREEZE_WITHIN).await;
-        if done.is_err() && freeze {
-            write(false)?;
-        }
-        done
-    }
-
-    /// Thaws without waiting, where there is anything to thaw.
-    pub fn thaw(&self) {
-        let _ = fs::write(self.file("cgroup.freeze"), "0");
-    }
-
-    /// Waits until `cgroup.events` has the line `wanted`, or the group is gone.
-    async fn wait_event(&self, wanted: &str, limit: Duration) -> Result<()> {
-        let file = self.file("cgroup.events");
-        let what = || format!("wait for {wanted:?} in {}", file.display());
-        let watch = FileWatch::new().context(what)?;
-        match watch.add(&file) {
-            Err(Errno::ENOENT) => return Ok(()),
-            result => result.context(what)?,
-        };
-        let wait = async {
-            loop {
-                match fs::read_to_string(&file) {
-                    Ok(text) if text.lines().any(|line| line == wanted) => return Ok(()),
-                    Ok(_) => {}
-                    Err(_) if !self.0.exists() => return Ok(()),
-                    Err(error) => return Err(error).context(what),
-                }
-                watch.changed().await.context(what)?;
+/// Sets the limits of `container` that `resources` names; leaves the others.
+///
+/// # Errors
+/// `InvalidArgument` for a value the kernel does not take, naming file and value.
+pub fn apply(container: &str, resources: &LinuxResources) -> Result<()> {
+    for (name, value) in settings(resources)? {
+        let file = dir_of(container).join(&name);
+        fs::write(&file, &value).map_err(|error| match error.raw_os_error() {
+            Some(libc::EINVAL | libc::ERANGE) => Error::InvalidArgument(format!(
+                "{name}: the guest's kernel does not take {value:?}"
+            )),
+            Some(libc::ENOENT) => {
+                Error::FailedPrecondition(format!("{name}: the guest's kernel has no such control"))
             }
-        };
-        tokio::time::timeout(limit, wait).await.unwrap_or_else(|_| {
-            Err(Error::DeadlineExceeded(format!(
-                "{wanted:?} did not come within {} s in {}",
-                limit.as_secs(),
-                file.display()
-            )))
-        })
+            _ => Error::other(format!("write {value:?} to {}", file.display()), error),
+        })?;
     }
-
-    /// Processes in it and below.
-    pub fn processes(&self) -> Vec<u32> {
-        let mut found = Vec::new();
-        collect_processes(&self.0, &mut found);
-        found
-    }
-
-    /// How many processes the kernel killed for memory in it.
-    pub fn oom_kills(&self) -> u64 {
-        fs::read_to_string(self.file("memory.events"))
-            .map(|text| flat_keyed(&text).get("oom_kill").copied().unwrap_or(0))
-            .unwrap_or(0)
-    }
-
-    /// Usage now, as containerd's message. A file that is not there counts as zero.
-    ///
-    /// # Errors
-    /// `NotFound` when the group is gone.
-    pub fn metrics(&self) -> Result<Metrics> {
-        if !self.0.exists() {
-            return Err(Error::NotFound(format!("cgroup {}", self.0.display())));
-        }
-        Ok(metrics(|name| {
-            fs::read_to_string(self.file(name)).unwrap_or_default()
-        }))
-    }
-
-    /// Sets the limits that `resources` names; leaves the others.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for a value the kernel does not take, naming file and value.
-    pub fn apply(&self, resources: &LinuxResources) -> Result<()> {
-        for (name, value) in settings(resources)? {
-            let file = self.file(&name);
-            fs::write(&file, &value).map_err(|error| match error.raw_os_error() {
-                Some(libc::EINVAL | libc::ERANGE) => Error::InvalidArgument(format!(
-                    "{name}: the guest's kernel does not take {value:?}"
-                )),
-                Some(libc::ENOENT) => Error::FailedPrecondition(format!(
-                    "{name}: the guest's kernel has no such control"
-                )),
-                _ => Error::other(format!("write {value:?} to {}", file.display()), error),
-            })?;
-        }
-        Ok(())
-    }
-}
-
-fn remove_tree(folder: &Path) -> std::io::Result<()> {
-    // Only folders: the kernel's files go with theirs.
-    if let Ok(entries) = fs::read_dir(folder) {
-        for entry in entries.filter_map(std::result::Result::ok) {
-            if entry.file_type()?.is_dir() {
-                remove_tree(&entry.path())?;
-            }
-        }
-    }
-    match fs::remove_dir(folder) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
-}
-
-fn collect_processes(folder: &Path, found: &mut Vec<u32>) {
-    if let Ok(text) = fs::read_to_string(folder.join("cgroup.procs")) {
-        found.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()));
-    }
-    let Ok(entries) = fs::read_dir(folder) else {
-        return;
-    };
-    for entry in entries.filter_map(std::result::Result::ok) {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            collect_processes(&entry.path(), found);
-        }
-    }
-}
-
-/// `key value` lines; others are left out.
-fn flat_keyed(text: &str) -> HashMap<&str, u64> {
-    text.lines()
-        .filter_map(|line| {
-            let (key, value) = line.split_once(' ')?;
-            Some((key, value.trim().parse().ok()?))
-        })
-        .collect()
-}
-
-/// One number, or `max`.
-fn single(text: &str) -> u64 {
-    match text.trim() {
-        "max" => u64::MAX,
-        number => number.parse().unwrap_or(0),
-    }
-}
-
-/// containerd's message from the group's files (kernel: admin-guide/cgroup-v2.rst).
-fn metrics(read: impl Fn(&str) -> String) -> Metrics {
-    let cpu = read("cpu.stat");
-    let cpu = flat_keyed(&cpu);
-    let memory = read("memory.stat");
-    let memory = flat_keyed(&memory);
-    let events = read("memory.events");
-    let events = flat_keyed(&events);
-    let cpu = |key: &str| cpu.get(key).copied().unwrap_or(0);
-    let memory = |key: &str| memory.get(key).copied().unwrap_or(0);
-    let events = |key: &str| events.get(key).copied().unwrap_or(0);
-    let number = |name: &str| single(&read(name));
-    Metrics {
-        pids: Some(PidsStat {
-            current: number("pids.current"),
-            limit: number("pids.max"),
-            ..Default::default()
-        })
-        .into(),
-        cpu: Some(CPUStat {
-            usage_usec: cpu("usage_usec"),
-            user_usec: cpu("user_usec"),
-            system_usec: cpu("system_usec"),
-            nr_periods: cpu("nr_periods"),
-            nr_throttled: cpu("nr_throttled"),
-            throttled_usec: cpu("throttled_usec"),
-            nr_bursts: cpu("nr_bursts"),
-            burst_usec: cpu("burst_usec"),
-            ..Default::default()
-        })
-        .into(),
-        memory: Some(MemoryStat {
-            anon: memory("anon"),
-            file: memory("file"),
-            kernel_stack: memory("kernel_stack"),
-            slab: memory("slab"),
-            sock: memory("sock"),
-            shmem: memory("shmem"),
-            file_mapped: memory("file_mapped"),
-            file_dirty: memory("file_dirty"),
-            file_writeback: memory("file_writeback"),
-            anon_thp: memory("anon_thp"),
-            inactive_anon: memory("inactive_anon"),
-            active_anon: memory("active_anon"),
-            inactive_file: memory("inactive_file"),
-            active_file: memory("active_file"),
-            unevictable: memory("unevictable"),
-            slab_reclaimable: memory("slab_reclaimable"),
-            slab_unreclaimable: memory("slab_unreclaimable"),
-            pgfault: memory("pgfault"),
-            pgmajfault: memory("pgmajfault"),
-            workingset_refault: memory("workingset_refault_anon")
-                + memory("workingset_refault_file"),
-            workingset_activate: memory("workingset_activate_anon")
-                + memory("workingset_activate_file"),
-            workingset_nodereclaim: memory("workingset_nodereclaim"),
-            pgrefill: memory("pgrefill"),
-            pgscan: memory("pgscan"),
-            pgsteal: memory("pgsteal"),
-            pgactivate: memory("pgactivate"),
-            pgdeactivate: memory("pgdeactivate"),
-            pglazyfree: memory("pglazyfree"),
-            pglazyfreed: memory("pglazyfreed"),
-            thp_fault_alloc: memory("thp_fault_alloc"),
-            thp_collapse_alloc: memory("thp_collapse_alloc"),
-            usage: number("memory.current"),
-            usage_limit: number("memory.max"),
-            swap_usage: number("memory.swap.current"),
-            swap_limit: number("memory.swap.max"),
-            max_usage: number("memory.peak"),
-            ..Default::default()
-        })
-        .into(),
-        io: Some(IOStat {
-            usage: io_entries(&read("io.stat")),
-            ..Default::default()
-        })
-        .into(),
-        memory_events: Some(MemoryEvents {
-            low: events("low"),
-            high: events("high"),
-            max: events("max"),
-            oom: events("oom"),
-            oom_kill: events("oom_kill"),
-            oom_group_kill: events("oom_group_kill"),
-            ..Default::default()
-        })
-        .into(),
-        ..Default::default()
-    }
-}
-
-/// Lines such as `8:0 rbytes=90112 wbytes=0 rios=3 wios=0 dbytes=0 dios=0`.
-fn io_entries(text: &str) -> Vec<IOEntry> {
-    text.lines()
-        .filter_map(|line| {
-            let mut words = line.split_ascii_whitespace();
-            let (major, minor) = words.next()?.split_once(':')?;
-            let mut entry = IOEntry {
-                major: major.parse().ok()?,
-                minor: minor.parse().ok()?,
-                ..Default::default()
-            };
-            for (key, value) in words.filter_map(|word| word.split_once('=')) {
-                let value = value.parse().unwrap_or(0);
-                match key {
-                    "rbytes" => entry.rbytes = value,
-                    "wbytes" => entry.wbytes = value,
-                    "rios" => entry.rios = value,
-                    "wios" => entry.wios = value,
-                    _ => {}
-                }
-            }
-            Some(entry)
-        })
-        .collect()
+    Ok(())
 }
 
 /// The files to write for `resources`, in order. Conversions from v1 terms are those
@@ -466,56 +187,13 @@ fn weight(shares: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use oci_spec::runtime::{
         LinuxCpuBuilder, LinuxMemoryBuilder, LinuxPidsBuilder, LinuxResourcesBuilder,
     };
 
     use super::*;
-
-    #[test]
-    fn files_that_are_missing_or_strange_count_as_zero() {
-        let empty = metrics(|_| String::new());
-        assert_eq!(empty.memory.usage, 0);
-        assert!(empty.io.usage.is_empty());
-        let strange = metrics(|_| "\u{0} max\n8:0\nx y z\n=1 : \n9:x rbytes=1\n".into());
-        assert_eq!(strange.cpu.usage_usec, 0);
-        assert_eq!(strange.io.usage.len(), 1, "8:0 without figures");
-    }
-
-    #[test]
-    fn the_kernels_figures_land_where_containerd_looks() {
-        let found = metrics(|name| {
-            match name {
-                "cpu.stat" => "usage_usec 10\nuser_usec 7\nsystem_usec 3\nnr_periods 0",
-                "memory.stat" => "anon 4096\nfile 8192\ninactive_file 100\nworkingset_refault_anon 1\nworkingset_refault_file 2",
-                "memory.current" => "12345\n",
-                "memory.max" => "max\n",
-                "memory.peak" => "99999\n",
-                "memory.events" => "low 0\nhigh 0\nmax 3\noom 1\noom_kill 1",
-                "pids.current" => "2\n",
-                "io.stat" => "8:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0\n254:16 rbytes=1 wbytes=0 rios=1 wios=0",
-                _ => "",
-            }
-            .into()
-        });
-        assert_eq!((found.cpu.usage_usec, found.cpu.system_usec), (10, 3));
-        assert_eq!(
-            (found.memory.usage, found.memory.usage_limit),
-            (12345, u64::MAX)
-        );
-        assert_eq!(
-            (found.memory.max_usage, found.memory.workingset_refault),
-            (99999, 3)
-        );
-        assert_eq!(
-            (found.memory_events.max, found.memory_events.oom_kill),
-            (3, 1)
-        );
-        assert_eq!(found.pids.current, 2);
-        let io = &found.io.usage;
-        assert_eq!((io[0].major, io[0].rbytes, io[0].wios), (8, 10, 2));
-        assert_eq!((io[1].major, io[1].minor), (254, 16));
-    }
 
     #[test]
     fn limits_become_v2_controls() {

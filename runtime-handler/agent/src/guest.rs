@@ -112,7 +112,7 @@ pub fn main() -> ExitCode {
 async fn serve(cmdline: &Cmdline) -> Result<()> {
     let boot_id = boot::boot_id()?;
     let reaper = Reaper::start().context(|| "start the reaper".into())?;
-    let events = Events::start()?;
+    let events = Arc::new(Events::default());
     let (pressed, presses) = mpsc::channel(1);
     let modules = load_modules(pressed);
     let agent = Arc::new(Agent {

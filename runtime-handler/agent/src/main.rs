@@ -23,7 +23,6 @@ mod helper;
 mod logger;
 mod modules;
 mod net;
-mod notify;
 mod oom;
 mod power;
 mod pump;

@@ -1,23 +1,18 @@
 //! What happened in the guest that the host did not ask for: processes that the
 //! kernel killed for memory.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dyad_agent_api::proto::agent::{GuestEvent, guest_event};
-use dyad_runtime_handler::{Result, error::Context};
-use nix::sys::inotify::WatchDescriptor;
 use tokio::sync::watch;
-
-use crate::cgroup::Cgroup;
-use crate::notify::FileWatch;
 
 /// Events kept for a host that comes back; older ones are told by nobody.
 const KEPT: usize = 256;
 
-/// Numbered events and the watches that make them.
+/// Numbered events.
+#[derive(Default)]
 pub struct Events {
-    files: FileWatch,
     table: Mutex<Table>,
     last: watch::Sender<u64>,
 }
@@ -26,72 +21,14 @@ pub struct Events {
 struct Table {
     kept: VecDeque<(u64, String)>,
     sequence: u64,
-    watched: HashMap<String, Watched>,
-}
-
-struct Watched {
-    cgroup: Cgroup,
-    descriptor: WatchDescriptor,
-    kills: u64,
 }
 
 impl Events {
-    /// Watches from now on, on the current tokio runtime.
-    ///
-    /// # Errors
-    /// The kernel gives no inotify.
-    pub fn start() -> Result<Arc<Self>> {
-        let events = Arc::new(Self {
-            files: FileWatch::new().context(|| "watch for events".into())?,
-            table: Mutex::default(),
-            last: watch::Sender::new(0),
-        });
-        tokio::spawn(Arc::clone(&events).run());
-        Ok(events)
-    }
-
-    /// Tells of kills in the container's cgroup from now on.
-    ///
-    /// # Errors
-    /// The cgroup has no memory controller.
-    pub fn watch(&self, container: &str, cgroup: &Cgroup) -> Result<()> {
-        let file = cgroup.file("memory.events");
-        let descriptor = self
-            .files
-            .add(&file)
-            .context(|| format!("watch {}", file.display()))?;
-        self.lock().watched.insert(
-            container.into(),
-            Watched {
-                cgroup: cgroup.clone(),
-                descriptor,
-                kills: cgroup.oom_kills(),
-            },
-        );
-        Ok(())
-    }
-
-    /// Tells now of a kill that the watch has not told of yet, so that it precedes
-    /// the exit that it caused.
-    pub fn check(&self, container: &str) {
+    /// The kernel killed a process of `container` for memory.
+    pub fn out_of_memory(&self, container: &str) {
         let mut table = self.lock();
-        let Some(watched) = table.watched.get_mut(container) else {
-            return;
-        };
-        let kills = watched.cgroup.oom_kills();
-        if kills > watched.kills {
-            watched.kills = kills;
-            table.push(container);
-            self.last.send_replace(table.sequence);
-        }
-    }
-
-    /// Ends the watch, after a last look.
-    pub fn forget(&self, container: &str) {
-        self.check(container);
-        if let Some(watched) = self.lock().watched.remove(container) {
-            self.files.remove(watched.descriptor);
-        }
+        table.push(container);
+        self.last.send_replace(table.sequence);
     }
 
     /// The events after `sequence`, as soon as there is one. Numbers start at 1 with
@@ -110,19 +47,6 @@ impl Events {
                 ..Default::default()
             })
             .collect()
-    }
-
-    async fn run(self: Arc<Self>) {
-        loop {
-            if let Err(error) = self.files.changed().await {
-                log::error!("watch for events: {error}");
-                return;
-            }
-            let watched: Vec<String> = self.lock().watched.keys().cloned().collect();
-            for container in watched {
-                self.check(&container);
-            }
-        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
-use dyad_agent_api::link::fd::register;
+use dyad_linux::fd::register;
 use dyad_runtime_handler::{Error, Result, error::Context};
 use nix::errno::Errno;
 use nix::sys::socket::{

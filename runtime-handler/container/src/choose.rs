@@ -13,10 +13,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dyad_linux::cgroup::Hierarchies;
+use dyad_linux::files::{PRIVATE, write_atomically};
 use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::check::Check;
 use dyad_runtime_handler::config::ContainerConfig;
-use dyad_runtime_handler::error::{Error, Result};
+use dyad_runtime_handler::error::{Context as _, Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::migration;
@@ -124,7 +125,7 @@ pub(crate) async fn choose(
     let binary = best(candidates)?;
     // It is found again next time if this cannot be written.
     if let Err(error) = Remembered::write(cache, need, &binary) {
-        log::debug!("remember the OCI runtime in {}: {error}", cache.display());
+        log::debug!("{}", error.chain());
     }
     Ok(binary)
 }
@@ -371,12 +372,12 @@ impl Remembered {
         (now == known).then_some(known.binary)
     }
 
-    fn write(file: &Path, need: &Need, binary: &Path) -> io::Result<()> {
-        let text = serde_json::to_vec(&Self::new(binary.to_owned(), need)?)?;
+    fn write(file: &Path, need: &Need, binary: &Path) -> Result<()> {
+        let what = || format!("remember {}", binary.display());
+        let remembered = Self::new(binary.to_owned(), need).context(what)?;
+        let text = serde_json::to_vec(&remembered).context(what)?;
         // Shims of several pods may write it at once; none may read a half.
-        let temporary = file.with_extension(std::process::id().to_string());
-        fs::write(&temporary, text)?;
-        fs::rename(&temporary, file)
+        write_atomically(file, &text, PRIVATE)
     }
 }
 

@@ -11,6 +11,7 @@ use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::config::{ContainerConfig, Kind};
 use dyad_runtime_handler::error::{Context as _, Error, Result};
 use dyad_runtime_handler::handler::{ContainerRef, EventSender, Instance, RuntimeHandler};
+use dyad_runtime_handler::identity;
 use dyad_runtime_handler::migration::{Migration, source_of};
 use dyad_runtime_handler::spec::{ContainerSpec, Role};
 use tokio::sync::OnceCell;
@@ -35,7 +36,7 @@ pub struct Containers {
     binary: OnceCell<PathBuf>,
     hierarchies: OnceLock<Arc<Hierarchies>>,
     pub(crate) criu: OnceCell<Criu>,
-    /// Who the pod is ([`crate::pod_uuid`]).
+    /// Who the pod is ([`dyad_runtime_handler::identity`]).
     pub(crate) identity: OnceLock<String>,
     /// Whom it waits for, as a migration's target.
     pub(crate) source: OnceLock<String>,
@@ -179,7 +180,7 @@ impl RuntimeHandler for Containers {
         let mut cleaned = Ok(());
         if container.role == Role::Sandbox {
             let identity =
-                migration::pod_uuid(&container.containerd_namespace, &container.sandbox_id);
+                identity::pod_uuid(&container.containerd_namespace, &container.sandbox_id);
             migration::remove_leftovers(&self.folders, &identity.to_string());
             // With task API v3 nobody asks for the pod's other containers. containerd
             // keeps their bundles beside this one, if it still has them.
@@ -204,7 +205,7 @@ impl RuntimeHandler for Containers {
 impl Containers {
     /// Notes who the pod is, and whom it waits for.
     fn meet(&self, spec: &ContainerSpec) {
-        let identity = migration::pod_uuid(&spec.containerd_namespace, &spec.pod.sandbox_id);
+        let identity = identity::pod_uuid(&spec.containerd_namespace, &spec.pod.sandbox_id);
         let _ = self.identity.set(identity.to_string());
         if let Some(source) = source_of(&spec.pod) {
             let _ = self.source.set(source.to_owned());

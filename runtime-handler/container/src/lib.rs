@@ -32,5 +32,5 @@ pub mod tls;
 
 pub use choose::{check, features};
 pub use handler::{Containers, Folders};
-pub use migration::{pod_uuid, socket_path};
+pub use migration::socket_path;
 pub use sweep::{is_wanted as is_sweep_wanted, sweep};

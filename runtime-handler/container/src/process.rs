@@ -160,7 +160,7 @@ async fn supervise(
         tokio::select! {
             biased;
             exit = &mut exit => break exit,
-            () = next_oom(&mut at_end.oom) => out_of_memory(),
+            () = OomWatch::next_of(&mut at_end.oom) => out_of_memory(),
         }
     };
     if let Some(cgroup) = at_end.kill {
@@ -181,14 +181,4 @@ async fn supervise(
     if may_tell.is_ok_and(|gate| *gate == Gate::Open) {
         let _ = events.send(Event::Exited { process: id, exit });
     }
-}
-
-async fn next_oom(watch: &mut Option<OomWatch>) {
-    if let Some(oom) = watch {
-        if oom.next().await.is_some() {
-            return;
-        }
-        *watch = None;
-    }
-    std::future::pending().await
 }

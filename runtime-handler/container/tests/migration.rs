@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{BOUND, Ends, Pod, read_now, read_until, run};
-use dyad_container::{pod_uuid, socket_path};
+use dyad_container::socket_path;
 use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::handler::{Instance, ProcessId};
+use dyad_runtime_handler::identity::pod_uuid;
 use dyad_runtime_handler::migration::{
     Arrival, Hurry, Migration, MigrationParameters, MigrationProgress, Sent, Stage,
 };

@@ -167,6 +167,26 @@ fn a_terminal_is_one_and_can_be_resized() {
 }
 
 #[test]
+fn a_process_that_opens_its_terminal_again_goes_on_being_read() {
+    run(|reaper| async move {
+        let script = "echo first; exec </dev/null >/dev/null 2>&1; sleep 0.5; \
+                      exec </dev/console >/dev/console 2>&1; seq 20000; echo again; read end; \
+                      echo \"<$end>\"; exit 3";
+        let mut pod = Pod::new(reaper, script);
+        let (stdio, ends) = pod.stdio("init", true);
+        let container = pod.create(stdio).await.unwrap();
+        container.start(None).await.unwrap();
+        read_until(&ends.stdout, "first\r\n").await;
+        read_until(&ends.stdout, "again\r\n").await;
+        ends.stdin.write_all(b"end\n").await.unwrap();
+        read_until(&ends.stdout, "<end>\r\n").await;
+        assert_eq!(pod.next_exit(None).await.status, 3);
+        container.delete().await.unwrap();
+        pod.assert_nothing_left();
+    });
+}
+
+#[test]
 fn only_a_terminal_can_be_resized() {
     run(|reaper| async move {
         let mut pod = Pod::new(reaper, "sleep 1000");

@@ -6,16 +6,16 @@
 //! reads while containerd restarts.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::sys::stat::{SFlag, fstat};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
+use crate::fd::unread_bytes;
 use crate::pump::Fd;
 
 /// How long a reader may take; containerd's own shim waits as long for its output.
@@ -35,11 +35,12 @@ struct Output {
     source: Weak<Fd>,
     /// Bytes are between the two.
     carrying: Arc<AtomicBool>,
-    fifo: OwnedFd,
+    /// None for a file, which has no reader.
+    fifo: Option<OwnedFd>,
 }
 
 impl Outlet {
-    /// Adds the output that goes to `fifo`; does nothing for a file, which has no reader.
+    /// Adds the output that goes to `fifo`, or to a file.
     ///
     /// # Errors
     /// No file descriptor is free.
@@ -50,23 +51,38 @@ impl Outlet {
         carrying: Arc<AtomicBool>,
     ) -> io::Result<()> {
         let kind = SFlag::from_bits_truncate(fstat(fifo)?.st_mode) & SFlag::S_IFMT;
-        if kind == SFlag::S_IFIFO {
-            let fifo = fifo.try_clone_to_owned()?;
-            self.outputs.push(Output {
-                source,
-                carrying,
-                fifo,
-            });
-        }
+        let is_fifo = kind == SFlag::S_IFIFO;
+        self.outputs.push(Output {
+            source,
+            carrying,
+            fifo: is_fifo.then(|| fifo.try_clone_to_owned()).transpose()?,
+        });
         Ok(())
     }
 
-    /// Waits, for a bounded time, until all that was written is read; whether it is.
+    /// Whether all that was written is in the FIFOs and files.
+    pub(crate) fn is_carried(&self) -> bool {
+        self.outputs.iter().all(Output::is_carried)
+    }
+
+    /// Whether the readers have all that is in the FIFOs.
+    pub(crate) fn is_read(&self) -> bool {
+        self.outputs.iter().all(Output::is_read)
+    }
+
+    /// The process has ended: waits, for a bounded time, until all that it wrote is read;
+    /// whether it is.
     /// The descriptors are closed then: the reader sees the end when nobody else has it.
     pub async fn taken(self) -> bool {
+        for output in &self.outputs {
+            if let Some(source) = output.source.upgrade() {
+                source.process_ended();
+            }
+        }
         let deadline = Instant::now() + WITHIN;
         let (mut step, longest) = STEP;
-        while !self.outputs.iter().all(Output::is_taken) {
+        // In the order in which bytes move, so that none is overlooked.
+        while !(self.is_carried() && self.is_read()) {
             if Instant::now() > deadline {
                 return false;
             }
@@ -108,25 +124,18 @@ impl Drop for OpenOutput {
 }
 
 impl Output {
-    fn is_taken(&self) -> bool {
-        let held = self
-            .source
-            .upgrade()
-            .is_some_and(|source| unread(source.as_fd()) > 0);
-        // In the order in which bytes move, so that none is overlooked.
-        !held && !self.carrying.load(Ordering::Relaxed) && unread(self.fifo.as_fd()) == 0
+    fn is_carried(&self) -> bool {
+        // The process may end in between, so look at the pipe first.
+        let source = self.source.upgrade();
+        let is_empty = source.is_none_or(|source| unread_bytes(source.as_fd()) == 0);
+        is_empty && !self.carrying.load(Ordering::Relaxed)
     }
-}
 
-/// Bytes that can be read; 0 also where the kernel does not say (a terminal that hung up).
-fn unread(fd: BorrowedFd<'_>) -> usize {
-    let mut count: libc::c_int = 0;
-    // SAFETY: FIONREAD writes one `int`, which `count` is, and keeps nothing.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &mut count) };
-    Errno::result(result)
-        .ok()
-        .and_then(|_| usize::try_from(count).ok())
-        .unwrap_or(0)
+    fn is_read(&self) -> bool {
+        self.fifo
+            .as_ref()
+            .is_none_or(|fifo| unread_bytes(fifo) == 0)
+    }
 }
 
 #[cfg(test)]

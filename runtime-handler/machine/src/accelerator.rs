@@ -12,6 +12,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use dyad_linux::files::{PRIVATE, write_atomically};
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::config::AcceleratorChoice;
 use dyad_runtime_handler::error::{Context, Result};
@@ -22,7 +23,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::Accelerator;
 use crate::host::Capabilities;
-use crate::storage::apply::write_atomically;
 
 /// A KVM guest says its first words within a fraction of this.
 const PROBE_BOUND: Duration = Duration::from_secs(5);
@@ -121,7 +121,7 @@ fn probe_blocking(emulator: &Path, kernel: &Path, cache_dir: &Path) -> Result<Ve
         );
     }
     let json = serde_json::to_vec(&verdict).context(|| "write the KVM probe's result".into())?;
-    write_atomically(&kept, &json).context(|| format!("write {}", kept.display()))?;
+    write_atomically(&kept, &json, PRIVATE)?;
     Ok(verdict)
 }
 

@@ -12,6 +12,7 @@ use dyad_runtime_handler::error::{Context as _, Result};
 use dyad_runtime_handler::handler::{
     ContainerRef, EventSender, Instance, MachineInfo, RuntimeHandler,
 };
+use dyad_runtime_handler::identity::pod_uuid;
 use dyad_runtime_handler::migration::{
     Arrival, Hurry, Migration, MigrationParameters, MigrationProgress, Sent,
 };
@@ -21,7 +22,7 @@ use tokio::sync::watch;
 use crate::container::{Container, ContainerInstance};
 use crate::libvirt::Libvirt;
 use crate::machine::Machine;
-use crate::record::{Folder, Record, machine_uuid};
+use crate::record::{Folder, Record};
 use crate::sandbox::Sandbox;
 use crate::storage::apply::walkable_dir;
 use crate::sweep;
@@ -95,7 +96,7 @@ impl Machines {
 
     /// Before anything else is made of the machine.
     fn own(&self, spec: &ContainerSpec) -> Result<Owner> {
-        let uuid = machine_uuid(&spec.containerd_namespace, &spec.pod.sandbox_id);
+        let uuid = pod_uuid(&spec.containerd_namespace, &spec.pod.sandbox_id);
         let folder = Folder::new(&self.paths.state_dir, &self.paths.cache_dir, uuid);
         for dir in [
             &self.paths.cache_dir,

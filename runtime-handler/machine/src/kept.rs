@@ -21,12 +21,13 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use dyad_linux::files::{self, PRIVATE, write_atomically};
 use dyad_runtime_handler::error::{Context, Result};
 use log::{debug, info, warn};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::storage::apply::{walkable_dir, write_atomically};
+use crate::storage::apply::walkable_dir;
 
 /// Namespace of pods' keys.
 const PODS: Uuid = Uuid::from_u128(0x6479_6164_0000_5000_8000_0070_6f64_7573);
@@ -131,7 +132,7 @@ impl Kept {
         walkable_dir(&to)?;
         // First what says how long it is wanted: who sweeps meanwhile must not take it.
         write(&to, &volumes)?;
-        match std::fs::rename(&disk, to.join(DISK)) {
+        match files::rename(&disk, &to.join(DISK)) {
             Ok(()) => {
                 debug!("{} is kept for the pod's next sandbox", disk.display());
                 Ok(())
@@ -154,7 +155,7 @@ impl Kept {
         };
         write(machine_dir, &volumes)?;
         let disk = from.join(DISK);
-        let taken = match std::fs::rename(&disk, machine_dir.join(DISK)) {
+        let taken = match files::rename(&disk, &machine_dir.join(DISK)) {
             Ok(()) => true,
             Err(error) if error.kind() == ErrorKind::NotFound => false,
             Err(error) => return Err(error).context(|| format!("take {}", disk.display())),
@@ -219,7 +220,7 @@ fn is_fresh(dir: &Path) -> bool {
 fn write(dir: &Path, volumes: &Volumes) -> Result<()> {
     let path = dir.join(VOLUMES);
     let json = serde_json::to_vec(volumes).context(|| format!("write {VOLUMES}"))?;
-    write_atomically(&path, &json).context(|| format!("write {}", path.display()))
+    write_atomically(&path, &json, PRIVATE)
 }
 
 fn remove(dir: &Path) {

@@ -6,8 +6,10 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use dyad_linux::files::{self, PRIVATE, write_atomically};
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
+use dyad_runtime_handler::identity::pod_uuid;
 use log::{debug, warn};
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
@@ -17,21 +19,9 @@ use crate::Paths;
 use crate::domain::Size;
 use crate::kept::Kept;
 use crate::resize::Reached;
-use crate::storage::apply::write_atomically;
 
 /// The format's version.
 const VERSION: u32 = 1;
-/// Namespace of machine UUIDs.
-const MACHINES: Uuid = Uuid::from_u128(0x6479_6164_0000_5000_8000_6d61_6368_696e);
-
-/// The machine of a pod: stable, so that making it twice makes one, and a crash leaves
-/// nothing unnamed.
-pub fn machine_uuid(containerd_namespace: &str, sandbox_id: &str) -> Uuid {
-    Uuid::new_v5(
-        &MACHINES,
-        format!("{containerd_namespace}/{sandbox_id}").as_bytes(),
-    )
-}
 
 /// A machine's traces on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,7 +66,7 @@ impl Record {
         Self {
             sandbox_id: sandbox_id.to_owned(),
             containerd_namespace: containerd_namespace.to_owned(),
-            ..Self::of_uuid(machine_uuid(containerd_namespace, sandbox_id))
+            ..Self::of_uuid(pod_uuid(containerd_namespace, sandbox_id))
         }
     }
 
@@ -228,7 +218,7 @@ impl Folder {
     pub fn save(&self, record: &Record) -> Result<()> {
         let json = serde_json::to_vec_pretty(record).context(|| "write machine.json".into())?;
         let path = self.record();
-        write_atomically(&path, &json).context(|| format!("write {}", path.display()))
+        write_atomically(&path, &json, PRIVATE)
     }
 
     /// Reads the record; `None`: there is none. One that cannot be read is kept aside
@@ -256,7 +246,7 @@ impl Folder {
             Err(error) => {
                 let aside = path.with_extension("json.damaged");
                 warn!("{}: {error}; kept as {}", path.display(), aside.display());
-                std::fs::rename(&path, &aside)
+                files::rename(&path, &aside)
                     .context(|| format!("keep {} aside", path.display()))?;
                 Ok(None)
             }
@@ -307,7 +297,7 @@ impl Folder {
         log.seek(SeekFrom::Start(length - limit / 2))
             .context(what)?;
         (&log).take(limit).read_to_end(&mut tail).context(what)?;
-        write_atomically(&path.with_extension("log.1"), &tail).context(what)?;
+        write_atomically(&path.with_extension("log.1"), &tail, PRIVATE)?;
         log.set_len(0).context(what)
     }
 
@@ -329,18 +319,7 @@ mod tests {
     use super::*;
 
     fn folder(dir: &Path) -> Folder {
-        Folder::new(
-            &dir.join("run"),
-            &dir.join("lib"),
-            machine_uuid("k8s.io", "s1"),
-        )
-    }
-
-    #[test]
-    fn a_pod_has_one_uuid_in_each_containerd_namespace() {
-        assert_eq!(machine_uuid("k8s.io", "s1"), machine_uuid("k8s.io", "s1"));
-        assert_ne!(machine_uuid("k8s.io", "s1"), machine_uuid("default", "s1"));
-        assert_ne!(machine_uuid("k8s.io", "s1"), machine_uuid("k8s.io", "s2"));
+        Folder::new(&dir.join("run"), &dir.join("lib"), pod_uuid("k8s.io", "s1"))
     }
 
     #[test]

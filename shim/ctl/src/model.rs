@@ -179,9 +179,11 @@ impl Pod {
     pub fn migration_source(&self) -> String {
         match &self.machine {
             Some(machine) => machine.uuid.clone(),
-            None => {
-                dyad_container::pod_uuid(&self.containerd_namespace, &self.sandbox_id).to_string()
-            }
+            None => dyad_runtime_handler::identity::pod_uuid(
+                &self.containerd_namespace,
+                &self.sandbox_id,
+            )
+            .to_string(),
         }
     }
 

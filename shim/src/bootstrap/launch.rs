@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use dyad_linux::files::{PRIVATE, write_atomically};
 use dyad_runtime_handler::config::Kind;
 use dyad_runtime_handler::error::Context as _;
 use dyad_runtime_handler::spec::Role;
@@ -13,7 +14,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::pod_files;
-use crate::sandbox::record::write_atomically;
 
 const FILE: &str = "dyad.json";
 const VERSION: u32 = 1;
@@ -122,7 +122,7 @@ impl Launch {
     /// The file could not be written.
     pub fn write(&self, bundle: &Path) -> Result<()> {
         let text = serde_json::to_vec(self).context(|| format!("encode {FILE}"))?;
-        write_atomically(&bundle.join(FILE), &text)
+        write_atomically(&bundle.join(FILE), &text, PRIVATE)
     }
 
     /// Reads it from `bundle`; `None` where there is none.

@@ -1,11 +1,11 @@
 //! The pod server's socket: where it is, and who is behind it.
 
-use std::fs::DirBuilder;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use dyad_linux::files::create_private_dir;
 use dyad_runtime_handler::error::Context as _;
 use dyad_runtime_handler::{Error, Result};
 use uuid::Uuid;
@@ -70,18 +70,6 @@ pub fn bind(path: &Path) -> Result<Bound> {
         }
         Err(error) => Err(Error::other(format!("listen on {}", path.display()), error)),
     }
-}
-
-/// A directory that only root may enter. One that exists keeps its mode.
-///
-/// # Errors
-/// It could not be made.
-pub fn create_private_dir(dir: &Path) -> Result<()> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .context(|| format!("create {}", dir.display()))
 }
 
 fn listen(path: &Path) -> io::Result<UnixListener> {

@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use dyad_linux::files::{PRIVATE, write_atomically};
 use dyad_runtime_handler::error::Context as _;
 use dyad_runtime_handler::spec::Role;
 use dyad_runtime_handler::{Error, Result};
@@ -20,7 +21,6 @@ use super::socket::{self, Bound};
 use super::{args_bundle, program, server_process, sweep};
 use crate::backend::Backend;
 use crate::config::Config;
-use crate::sandbox::record::write_atomically;
 use crate::spec::{Identity, read_annotations};
 
 /// Ends with a server listening, and returns the reply for containerd.
@@ -73,7 +73,7 @@ pub fn start(args: &Args, backend: Backend) -> Result<Vec<u8>> {
         sweep::beside(&launch, backend);
     }
     // containerd before 2.0 finds the server again by this file after a restart.
-    write_atomically(&bundle.join("address"), address.as_bytes())?;
+    write_atomically(&bundle.join("address"), address.as_bytes(), PRIVATE)?;
     input.protocol.reply(&address)
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use dyad_runtime_handler::config::Kind;
 use dyad_runtime_handler::handler::{Exit, Instance, ProcessId};
 use dyad_runtime_handler::migration::{
-    Arrival, Hurry, MigrationParameters, MigrationProgress, Sent, Tombstone, Tombstones,
+    Arrival, Hurry, MigrationParameters, MigrationProgress, Sent,
 };
 use dyad_runtime_handler::spec::Role;
 use dyad_runtime_handler::{Error, Result};
@@ -20,6 +20,7 @@ use super::lane::Ticket;
 use super::state::{Request, State};
 use super::task::{Phase as TaskPhase, answer_waiters};
 use super::{Change, Command, PodView, Reply, Sandbox, TaskEvent};
+use crate::fence::{Tombstone, Tombstones};
 use crate::migration::phases::{self, Action, Input, Phase};
 use crate::migration::{ContainerState, MigrationView, Outcome, PodState, request};
 

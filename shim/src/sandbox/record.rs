@@ -4,11 +4,9 @@
 //! Written whole and atomically (temporary file, fsync, rename). One that cannot be
 //! read is kept aside and reported, never deleted.
 
-use std::fs::{File, OpenOptions};
-use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
+use dyad_linux::files::{self, PRIVATE, create_private_dir, write_atomically};
 use dyad_runtime_handler::config::Kind;
 use dyad_runtime_handler::error::Context as _;
 use dyad_runtime_handler::{Error, Result};
@@ -81,9 +79,9 @@ pub enum Found {
 /// # Errors
 /// It could not be written; an older record stays whole.
 pub fn write(pod_dir: &Path, record: &Record) -> Result<()> {
-    crate::bootstrap::socket::create_private_dir(pod_dir)?;
+    create_private_dir(pod_dir)?;
     let text = serde_json::to_vec(record).context(|| "encode the pod's record".into())?;
-    write_atomically(&pod_dir.join(FILE), &text)
+    write_atomically(&pod_dir.join(FILE), &text, PRIVATE)
 }
 
 /// Reads the record of the pod at `pod_dir`.
@@ -115,32 +113,8 @@ pub fn read(pod_dir: &Path) -> Result<Found> {
         .map(|number| pod_dir.join(format!("{FILE}.unreadable-{number}")))
         .find(|path| !path.exists())
         .unwrap_or_else(|| pod_dir.join("record.json.unreadable"));
-    std::fs::rename(&path, &kept_at).context(|| format!("keep {} aside", path.display()))?;
+    files::rename(&path, &kept_at).context(|| format!("keep {} aside", path.display()))?;
     Ok(Found::Unreadable { kept_at, reason })
-}
-
-/// Replaces the file at `path` by `bytes`, all or nothing, readable by root only.
-///
-/// # Errors
-/// It could not be written; an older file stays whole.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let temporary = path.with_extension("new");
-    let write = || -> std::io::Result<()> {
-        let mut file: File = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)
-    };
-    write()
-        .inspect_err(|_| {
-            let _ = std::fs::remove_file(&temporary);
-        })
-        .context(|| format!("write {}", path.display()))
 }
 
 #[cfg(test)]

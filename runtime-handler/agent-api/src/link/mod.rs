@@ -44,7 +44,6 @@
 //! - `pid`s are the guest's.
 
 mod connection;
-pub mod fd;
 mod frame;
 pub mod guest;
 pub mod host;

@@ -19,14 +19,13 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+use dyad_linux::fd::register;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
-
-use super::fd::register;
 
 /// Where the kernel lists the ports.
 const PORTS: &str = "/sys/class/virtio-ports";

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::io::Write;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use dyad_linux::pump::resize;
 use dyad_runtime_handler::{Result, error::Context};
 use libcontainer::capabilities::drop_privileges;
 use libcontainer::syscall::syscall::create_syscall;
@@ -19,9 +19,10 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{AccessFlags, access};
 use oci_spec::runtime::{LinuxCapabilities, Process, Spec};
+use rustix::termios::tcgetwinsize;
 
 use super::Job;
-use crate::{pump, spec};
+use crate::spec;
 
 /// Marks the reason in libcontainer's chain of texts.
 pub const CANNOT_RUN: &str = "cannot run: ";
@@ -87,8 +88,8 @@ impl GuestExecutor {
         {
             let stdin = std::io::stdin();
             // Somebody may have resized it already, and knows better.
-            if pump::has_no_size(stdin.as_fd()) {
-                let _ = pump::set_size(stdin.as_fd(), width, height);
+            if tcgetwinsize(&stdin).is_ok_and(|size| (size.ws_row, size.ws_col) == (0, 0)) {
+                let _ = resize(&stdin, width, height);
             }
         }
         default_sigpipe().map_err(Refusal::other("reset SIGPIPE"))?;

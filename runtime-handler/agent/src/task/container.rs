@@ -19,6 +19,7 @@ use std::time::Duration;
 use dyad_agent_api::proto::agent::{BlockDevice, CreateOptions};
 use dyad_agent_api::protobuf::Message;
 use dyad_agent_api::task_api::api::{CreateTaskRequest, ExecProcessRequest};
+use dyad_linux::cgroup::{Cgroup, OomWatch};
 use dyad_linux::reaper::{Reaper, Waiter, kill_raw};
 use dyad_runtime_handler::handler::{Exit, ProcessId};
 use dyad_runtime_handler::{Error, Result, error::Context};
@@ -27,7 +28,7 @@ use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
 
 use super::CONTAINERS;
 use super::process::{Phase, Process, Wanted};
-use crate::cgroup::Cgroup;
+use crate::cgroup;
 use crate::guest::Agent;
 use crate::helper::{self, Filter, Job};
 use crate::rootfs::Rootfs;
@@ -75,6 +76,7 @@ struct Draft {
     bundle: PathBuf,
     rootfs: Rootfs,
     cgroup: Cgroup,
+    oom: Option<OomWatch>,
     image: Option<String>,
     layer_is_new: bool,
     init: Option<Arc<Process>>,
@@ -100,7 +102,8 @@ impl Container {
         let bundle = Path::new(CONTAINERS).join(&request.id);
         let mut draft = Draft {
             rootfs: Rootfs::of(&request.id, &bundle),
-            cgroup: Cgroup::of(&request.id),
+            cgroup: cgroup::of(&request.id),
+            oom: None,
             id: request.id.clone(),
             bundle,
             image: None,
@@ -109,7 +112,8 @@ impl Container {
         };
         match draft.build(agent, &request).await {
             Ok((container, waiter)) => {
-                tokio::spawn(Arc::clone(&container).watch_init(Arc::clone(agent), waiter));
+                let oom = draft.oom.take();
+                tokio::spawn(Arc::clone(&container).watch_init(Arc::clone(agent), waiter, oom));
                 Ok(container)
             }
             Err(error) => {
@@ -209,8 +213,20 @@ impl Container {
         stream.write_all(b"start container").context(what)
     }
 
-    async fn watch_init(self: Arc<Self>, agent: Arc<Agent>, waiter: Waiter) {
-        let exit = waiter.wait().await;
+    async fn watch_init(
+        self: Arc<Self>,
+        agent: Arc<Agent>,
+        waiter: Waiter,
+        mut oom: Option<OomWatch>,
+    ) {
+        let mut exit = std::pin::pin!(waiter.wait());
+        let exit = loop {
+            tokio::select! {
+                biased;
+                exit = &mut exit => break exit,
+                () = OomWatch::next_of(&mut oom) => agent.events.out_of_memory(&self.id),
+            }
+        };
         if !self.facts.own_pid_namespace {
             // With a namespace of its own the kernel has ended all of them.
             if let Err(error) = self.cgroup.kill(KILL_WITHIN).await {
@@ -218,7 +234,9 @@ impl Container {
             }
         }
         // Before the exit, of which it is the reason.
-        agent.events.check(&self.id);
+        if oom.as_mut().is_some_and(OomWatch::missed) {
+            agent.events.out_of_memory(&self.id);
+        }
         log::info!("container {} ended: {}", self.id, exit.status);
         self.init.set_phase(stopped(&self.init, exit));
     }
@@ -369,7 +387,7 @@ impl Container {
     /// # Errors
     /// `NotFound` when there is none.
     pub fn signal_all(&self, signal: i32) -> Result<()> {
-        let processes = self.cgroup.processes();
+        let processes = self.cgroup.procs()?;
         if processes.is_empty() {
             return Err(already_finished(&self.init));
         }
@@ -397,7 +415,7 @@ impl Container {
                 self.id
             )));
         }
-        self.cgroup.freeze(true).await?;
+        self.cgroup.freeze().await?;
         self.paused.store(true, Ordering::Relaxed);
         Ok(())
     }
@@ -408,7 +426,7 @@ impl Container {
     /// The freezer.
     pub async fn resume(&self) -> Result<()> {
         let _gate = self.gate.lock().await;
-        self.cgroup.freeze(false).await?;
+        self.cgroup.thaw()?;
         self.paused.store(false, Ordering::Relaxed);
         Ok(())
     }
@@ -416,7 +434,8 @@ impl Container {
     /// A frozen process cannot end by SIGTERM.
     pub fn thaw_for_end(&self) {
         if self.paused.swap(false, Ordering::Relaxed) {
-            self.cgroup.thaw();
+            // Gone with its last process: nothing is frozen.
+            let _ = self.cgroup.thaw();
         }
     }
 
@@ -427,7 +446,7 @@ impl Container {
     pub fn update(&self, resources: &[u8]) -> Result<()> {
         let resources: LinuxResources = serde_json::from_slice(resources)
             .map_err(|error| Error::InvalidArgument(format!("resources: {error}")))?;
-        self.cgroup.apply(&resources)
+        cgroup::apply(&self.id, &resources)
     }
 
     /// Every exec with its process.
@@ -458,8 +477,7 @@ impl Container {
         }
         self.lock_execs().clear();
         self.init.drain_streams(link).await;
-        agent.events.forget(&self.id);
-        self.cgroup.remove()?;
+        self.cgroup.remove().await?;
         let (rootfs, bundle, id) = (self.rootfs.clone(), self.bundle.clone(), self.id.clone());
         blocking(move || {
             rootfs.unmount();
@@ -493,7 +511,7 @@ impl Draft {
         let devices = find_devices(&options.devices).await?;
         let place = Place {
             rootfs: &self.rootfs.target,
-            cgroup: &Cgroup::spec_path(&self.id),
+            cgroup: &cgroup::spec_path(&self.id),
             terminal: request.terminal,
             devices: &devices,
         };
@@ -513,8 +531,8 @@ impl Draft {
             .and_then(|process| filter_for(&self.bundle, filter_flags, process));
         self.lay_out(&image, &spec, &facts, options.seccomp_filter)
             .await?;
-        self.cgroup.create()?;
-        agent.events.watch(&self.id, &self.cgroup)?;
+        cgroup::create(&self.id)?;
+        self.oom = Some(OomWatch::new(&self.cgroup)?);
 
         let wanted = Wanted {
             stdin: !request.stdin.is_empty(),
@@ -588,8 +606,7 @@ impl Draft {
             }
         };
         complain(self.cgroup.kill(KILL_WITHIN).await);
-        agent.events.forget(&self.id);
-        complain(self.cgroup.remove());
+        complain(self.cgroup.remove().await);
         if let (Some(init), Ok(link)) = (&self.init, agent.link()) {
             // Nobody reads what was never created.
             init.forget_streams(link);

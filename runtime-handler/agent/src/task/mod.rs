@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use dyad_agent_api::protobuf::well_known_types::any::Any;
 use dyad_agent_api::protobuf::well_known_types::timestamp::Timestamp;
 use dyad_agent_api::protobuf::{EnumOrUnknown, Message, MessageField};
+use dyad_agent_api::stats;
 use dyad_agent_api::task_api::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
     CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest,
@@ -28,7 +29,7 @@ use tokio::sync::OnceCell;
 
 use self::container::{Container, Layer};
 use self::process::Phase;
-use crate::cgroup::Cgroup;
+use crate::cgroup;
 use crate::guest::Agent;
 use crate::power;
 use crate::rpc::{answer, detached};
@@ -213,7 +214,7 @@ impl TaskService {
             .filter_map(|process| Some((process.pid()?, process.id().exec.clone()?)))
             .collect();
         let mut processes = Vec::new();
-        for pid in container.cgroup().processes() {
+        for pid in container.cgroup().procs()? {
             let details = execs.get(&pid).map(|exec_id| {
                 any(&ProcessDetails {
                     exec_id: exec_id.clone(),
@@ -235,12 +236,12 @@ impl TaskService {
     /// The usage of a container; of all together for the empty id.
     fn stats_of(&self, id: &str) -> Result<StatsResponse> {
         let cgroup = if id.is_empty() {
-            Cgroup::pod()
+            cgroup::pod()
         } else {
             self.container(id)?.cgroup().clone()
         };
         Ok(StatsResponse {
-            stats: MessageField::some(any(&cgroup.metrics()?)?),
+            stats: MessageField::some(any(&stats::encode(&cgroup.stats()?))?),
             ..Default::default()
         })
     }

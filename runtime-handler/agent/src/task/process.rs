@@ -6,7 +6,6 @@
 //!         Created may go to Stopped too: it was killed before it was started.
 //! ```
 
-use std::fs::File;
 use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
@@ -18,18 +17,18 @@ use std::time::Duration;
 
 use dyad_agent_api::link::guest::{InputSource, Link, OutputSink};
 use dyad_agent_api::link::{StdFd, StreamKey};
+use dyad_linux::pump::{Fd, resize};
 use dyad_linux::reaper::{Reaper, Waiter};
 use dyad_runtime_handler::handler::{Exit, ProcessId};
 use dyad_runtime_handler::{Error, Result, error::Context};
 use nix::fcntl::OFlag;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::{Uid, fchown, pipe2};
-use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::helper::{self, Job};
-use crate::pump::{self, Terminal};
+use crate::pump;
 
 /// Sockets on which helpers send terminals; short, for they are limited to 108 bytes.
 const CONSOLES: &str = "/run/dyad/consoles";
@@ -92,7 +91,7 @@ pub struct Process {
 struct Io {
     /// Made with the process, taken when it is launched.
     streams: Option<Streams>,
-    terminal: Option<Terminal>,
+    terminal: Option<Arc<Fd>>,
     /// A size that was set before there was a terminal.
     size: Option<(u16, u16)>,
     outputs: Vec<Arc<OutputSink>>,
@@ -113,9 +112,9 @@ struct Streams {
 
 /// Our ends of a process's stdio.
 struct Ours {
-    stdin: Option<pipe::Sender>,
-    stdout: Option<pipe::Receiver>,
-    stderr: Option<pipe::Receiver>,
+    stdin: Option<Arc<Fd>>,
+    stdout: Option<Arc<Fd>>,
+    stderr: Option<Arc<Fd>>,
     console: Option<Console>,
 }
 
@@ -197,8 +196,11 @@ impl Process {
         });
     }
 
-    /// It has a pid now.
+    /// It has a pid now, or has ended.
     pub fn set_phase(&self, phase: Phase) {
+        if let (Phase::Stopped { .. }, Some(terminal)) = (phase, &self.lock().terminal) {
+            terminal.process_ended();
+        }
         self.phase.send_replace(phase);
     }
 
@@ -293,17 +295,17 @@ impl Process {
         if self.wanted.stdin {
             let (theirs, own) = owned_pipe(uid).context(what)?;
             command.stdin(theirs);
-            ours.stdin = Some(pipe::Sender::from_owned_fd(own).context(what)?);
+            ours.stdin = Some(Arc::new(Fd::new(own).context(what)?));
         }
         if self.wanted.stdout {
             let (own, theirs) = owned_pipe(uid).context(what)?;
             command.stdout(theirs);
-            ours.stdout = Some(pipe::Receiver::from_owned_fd(own).context(what)?);
+            ours.stdout = Some(Arc::new(Fd::new(own).context(what)?));
         }
         if self.wanted.stderr {
             let (own, theirs) = owned_pipe(uid).context(what)?;
             command.stderr(theirs);
-            ours.stderr = Some(pipe::Receiver::from_owned_fd(own).context(what)?);
+            ours.stderr = Some(Arc::new(Fd::new(own).context(what)?));
         }
         Ok(ours)
     }
@@ -314,15 +316,15 @@ impl Process {
         if let Some(console) = ours.console {
             let terminal = console.take()?;
             if let Some((width, height)) = io.size {
-                terminal
-                    .resize(width, height)
+                resize(&*terminal, width, height)
                     .context(|| format!("resize the terminal of {}", self.id))?;
             }
             if let Some(sink) = streams.stdout {
-                io.pumps.spawn(pump::output(terminal.clone(), sink));
+                io.pumps.spawn(pump::output(Arc::clone(&terminal), sink));
             }
             if let Some(source) = streams.stdin {
-                io.pumps.spawn(pump::input(source, terminal.clone(), close));
+                io.pumps
+                    .spawn(pump::input(source, Arc::clone(&terminal), close));
             }
             io.terminal = Some(terminal);
             return Ok(());
@@ -352,8 +354,7 @@ impl Process {
         let mut io = self.lock();
         io.size = Some((width, height));
         match &io.terminal {
-            Some(terminal) => terminal
-                .resize(width, height)
+            Some(terminal) => resize(&**terminal, width, height)
                 .context(|| format!("resize the terminal of {}", self.id)),
             None => Ok(()),
         }
@@ -448,7 +449,7 @@ impl Console {
     }
 
     /// Takes the master. The helper has ended well, so it is there: this does not wait.
-    fn take(&self) -> Result<Terminal> {
+    fn take(&self) -> Result<Arc<Fd>> {
         let what = || "take the terminal from the helper".to_owned();
         self.listener.set_nonblocking(true).context(what)?;
         let (stream, _) = self.listener.accept().context(what)?;
@@ -471,7 +472,7 @@ impl Console {
         let master = received
             .pop()
             .ok_or_else(|| Error::other(what(), "there is none in its message"))?;
-        Terminal::new(File::from(master).into()).context(what)
+        Ok(Arc::new(Fd::terminal(master).context(what)?))
     }
 }
 

@@ -272,6 +272,28 @@ fn a_terminal_has_its_size_before_the_program_runs_and_can_be_resized() {
 
 #[test]
 #[ignore = "needs DYAD_GUEST and QEMU"]
+fn a_process_that_opens_its_terminal_again_goes_on_being_read() {
+    on_machine(|machine| async move {
+        let script = "echo first; exec </dev/null >/dev/null 2>&1; sleep 1; \
+                      exec </dev/console >/dev/console 2>&1; seq 20000; echo again; read end; \
+                      echo \"<$end>\"; exit 3";
+        let container = machine
+            .create_with("console", &["sh", "-c", script], |spec, _| {
+                spec["process"]["terminal"] = json!(true);
+            })
+            .await
+            .unwrap();
+        container.start().await;
+        container.read_until("again").await;
+        container.input().write(b"end\n").await.unwrap();
+        container.read_until("<end>").await;
+        assert_eq!(container.wait().await, 3);
+        container.delete().await;
+    });
+}
+
+#[test]
+#[ignore = "needs DYAD_GUEST and QEMU"]
 fn input_reaches_the_process_and_ends() {
     on_machine(|machine| async move {
         let container = machine.create("stdin", &["md5sum"]).await;

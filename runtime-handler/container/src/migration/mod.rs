@@ -44,26 +44,13 @@ use dyad_runtime_handler::migration::{
     Arrival, Hurry, Migration, MigrationParameters, MigrationProgress, Sent,
 };
 use tokio::sync::watch;
-use uuid::Uuid;
 
 pub(crate) use self::criu::{Criu, check, find as find_criu};
 use self::plan::{Manifest, Volume};
 use crate::container::Container;
 use crate::handler::{Containers, Folders};
 
-/// Namespace of the identities of pods; the machine kind's.
-const PODS: Uuid = Uuid::from_u128(0x6479_6164_0000_5000_8000_6d61_6368_696e);
-
-/// Who a pod is, wherever it runs: what its target names in the annotation
-/// `dyad.dev/migration-source`.
-pub fn pod_uuid(containerd_namespace: &str, sandbox_id: &str) -> Uuid {
-    Uuid::new_v5(
-        &PODS,
-        format!("{containerd_namespace}/{sandbox_id}").as_bytes(),
-    )
-}
-
-/// Where a pod that waits for `source` (see [`pod_uuid`]) listens; a file beside it,
+/// Where a pod that waits for `source` (see [`dyad_runtime_handler::identity`]) listens; a file beside it,
 /// `<source>.address`, says where on the network, where it does.
 pub fn socket_path(state_dir: &Path, source: &str) -> PathBuf {
     sockets_dir(state_dir).join(format!("{source}.sock"))
@@ -348,14 +335,6 @@ mod tests {
         job.commit().unwrap();
         let error = job.cancel().unwrap_err().to_string();
         assert!(error.contains("wait for its answer"), "{error}");
-    }
-
-    #[test]
-    fn an_identity_is_stable_and_of_one_pod() {
-        let uuid = pod_uuid("k8s.io", "s1");
-        assert_eq!(uuid, pod_uuid("k8s.io", "s1"));
-        assert_ne!(uuid, pod_uuid("k8s.io", "s2"));
-        assert_ne!(uuid, pod_uuid("moby", "s1"));
     }
 
     #[test]

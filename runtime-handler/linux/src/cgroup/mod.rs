@@ -114,6 +114,32 @@ impl Cgroup {
         sent
     }
 
+    /// Kills every process in it, and waits until they are gone. Gone already: fine.
+    ///
+    /// # Errors
+    /// `DeadlineExceeded` after `within`; `kill(2)` refused.
+    pub async fn kill(&self, within: Duration) -> Result<()> {
+        match self.signal_all(libc::SIGKILL).await {
+            Ok(()) | Err(Error::NotFound(_)) => {}
+            Err(error) => return Err(error),
+        }
+        let deadline = Instant::now() + within;
+        loop {
+            let left = self.procs()?;
+            if left.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::DeadlineExceeded(format!(
+                    "kill cgroup {}: processes {left:?} are left after {} s",
+                    self.main_dir().unwrap_or(Path::new("?")).display(),
+                    within.as_secs()
+                )));
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
     fn signal_each(&self, signal: i32) -> Result<()> {
         for pid in self.procs()? {
             match kill_raw(pid as i32, signal) {

@@ -9,6 +9,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::{Cgroup, Dirs};
+use crate::fd::register;
 use dyad_runtime_handler::error::{Context, Result};
 
 /// Watches one cgroup. v2: `poll(2)` on `memory.events`, which costs no inotify
@@ -43,7 +44,7 @@ impl OomWatch {
                 let events = File::open(&file).context(|| format!("open {}", file.display()))?;
                 // kernfs tells of a change since the last read as an exceptional
                 // condition; the first read sets that point.
-                let watch = watch(events.into(), Interest::PRIORITY)
+                let watch = register(events.into(), Interest::PRIORITY)
                     .context(|| format!("watch {}", file.display()))?;
                 Source::V2(watch)
             }
@@ -56,7 +57,7 @@ impl OomWatch {
                     .context(what)?;
                 let order = format!("{} {}", event.as_fd().as_raw_fd(), oom.as_raw_fd());
                 fs::write(&control, order).context(what)?;
-                Source::V1(watch(event.into(), Interest::READABLE).context(what)?)
+                Source::V1(register(event.into(), Interest::READABLE).context(what)?)
             }
         };
         let told = cgroup.oom_kills()?;
@@ -98,6 +99,18 @@ impl OomWatch {
         }
     }
 
+    /// As [`Self::next`], of a watch that may be missing; one that has ended is dropped,
+    /// and nothing comes from none.
+    pub async fn next_of(watch: &mut Option<Self>) {
+        if let Some(oom) = watch {
+            if oom.next().await.is_some() {
+                return;
+            }
+            *watch = None;
+        }
+        std::future::pending().await
+    }
+
     /// Whether there were kills that [`Self::next`] has not told; they count as told
     /// from now on. To be asked when a process ended, before its end is reported.
     pub fn missed(&mut self) -> bool {
@@ -106,12 +119,6 @@ impl OomWatch {
         self.told = self.told.max(kills);
         missed
     }
-}
-
-fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an OwnedFd is open, and the AsyncFd that now owns it never swaps it for
-    // another nor hands it out before its end.
-    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
 }
 
 /// Reads the file, from when on the next change is a new one.

@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 
 use super::Feeding;
 use super::fd::{Fd, read_some, write_some};
+use super::terminal::is_hang_up;
 
 /// A quarter of what a pipe holds. It stays resident once there was output.
 const BUFFER_BYTES: usize = 16 * 1024;
@@ -37,7 +38,9 @@ fn turn(from: BorrowedFd<'_>, to: &Fd) -> io::Result<io::Result<Turn>> {
         // Only the read's own "would block" may reach the caller as an error.
         Ok(match write_some(to.as_fd(), bytes) {
             Ok(written) => Ok(Turn::Moved(bytes[written..].to_vec())),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            // A terminal that nobody has open may be opened again; whoever writes the rest
+            // waits for that.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_hang_up(&error) => {
                 Ok(Turn::Moved(bytes.to_vec()))
             }
             Err(error) => Err(error),
@@ -50,7 +53,11 @@ fn turn(from: BorrowedFd<'_>, to: &Fd) -> io::Result<io::Result<Turn>> {
 /// `progress` is told of every turn, and whether bytes are under way.
 pub(super) async fn copy(from: &Fd, to: &Fd, progress: impl Fn(bool)) -> io::Result<()> {
     loop {
-        let moved = match from.when(Interest::READABLE, |fd| turn(fd, to)).await? {
+        let turn = match from.when(Interest::READABLE, |fd| turn(fd, to)).await {
+            Err(error) if is_hang_up(&error) => return Ok(()),
+            other => other?,
+        };
+        let moved = match turn {
             Ok(Turn::End) => return Ok(()),
             Ok(Turn::Moved(rest)) => {
                 progress(!rest.is_empty());

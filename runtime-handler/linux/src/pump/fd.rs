@@ -1,7 +1,7 @@
 //! A descriptor that is read and written without blocking, and what can be asked of it.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -10,6 +10,9 @@ use nix::sys::stat::Mode;
 use nix::unistd::{pipe2, read, write};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+use super::terminal::{Terminal, is_hang_up};
+use crate::fd::try_register;
 
 /// A file descriptor to be read or written without blocking the thread: a pipe, FIFO,
 /// terminal or socket; or a file, which never blocks and cannot be polled.
@@ -21,6 +24,7 @@ enum Kind {
     Polled(AsyncFd<OwnedFd>),
     /// epoll refuses it: a regular file or a device like `/dev/null`.
     Plain(OwnedFd),
+    Terminal(Terminal),
 }
 
 impl Fd {
@@ -32,14 +36,9 @@ impl Fd {
     /// # Panics
     /// Outside of a tokio runtime.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
-        if !flags.contains(OFlag::O_NONBLOCK) {
-            fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        }
+        set_non_blocking(&fd)?;
         // Not every fd can be written or read, but epoll takes interest in both.
-        // SAFETY: an OwnedFd is open, and the AsyncFd that now owns it never swaps it
-        // for another nor hands it out before its end.
-        match unsafe { AsyncFd::register(fd) } {
+        match try_register(fd, Interest::READABLE | Interest::WRITABLE) {
             Ok(polled) => Ok(Self(Kind::Polled(polled))),
             Err(error) => match error.into_parts() {
                 (fd, cause) if cause.raw_os_error() == Some(libc::EPERM) => {
@@ -50,14 +49,36 @@ impl Fd {
         }
     }
 
+    /// Takes the master of a terminal and sets it to non-blocking. That nobody has the
+    /// terminal open is not its end before [`Self::process_ended`]: reads and writes wait
+    /// until somebody opens it again.
+    ///
+    /// # Errors
+    /// `fcntl` or `epoll_create1` refused.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn terminal(master: OwnedFd) -> io::Result<Self> {
+        set_non_blocking(&master)?;
+        Ok(Self(Kind::Terminal(Terminal::new(master)?)))
+    }
+
+    /// Says that the process on the other side has ended, so that a terminal ends with
+    /// its last user. For others the kernel says so.
+    pub fn process_ended(&self) {
+        if let Kind::Terminal(terminal) = &self.0 {
+            terminal.process_ended();
+        }
+    }
+
     /// Reads what there is, waiting for the first byte; 0 is the end (a terminal's
     /// `EIO`, which tells that nobody has it open any more, is that too).
     ///
     /// # Errors
     /// What `read(2)` says.
     pub async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.when(Interest::READABLE, |fd| read_some(fd, buffer))
-            .await
+        let read = self.when(Interest::READABLE, |fd| read_some(fd, buffer));
+        read.await.or_else(end_of_terminal)
     }
 
     /// Reads what is there now; `None`: nothing.
@@ -67,7 +88,7 @@ impl Fd {
     pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         match read_some(self.as_fd(), buffer) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            other => other.map(Some),
+            other => other.or_else(end_of_terminal).map(Some),
         }
     }
 
@@ -93,7 +114,7 @@ impl Fd {
                     std::future::pending::<()>().await;
                 }
             }
-            Kind::Plain(_) => std::future::pending().await,
+            Kind::Plain(_) | Kind::Terminal(_) => std::future::pending().await,
         }
     }
 
@@ -109,6 +130,7 @@ impl Fd {
                 tokio::task::consume_budget().await;
                 act(fd.as_fd())
             }
+            Kind::Terminal(terminal) => terminal.when(interest, act).await,
         }
     }
 }
@@ -118,17 +140,24 @@ impl AsFd for Fd {
         match &self.0 {
             Kind::Polled(polled) => polled.get_ref().as_fd(),
             Kind::Plain(fd) => fd.as_fd(),
+            Kind::Terminal(terminal) => terminal.as_fd(),
         }
     }
 }
 
-/// Bytes that can be read from a pipe or a terminal.
-pub(super) fn unread_bytes(fd: BorrowedFd<'_>) -> i32 {
-    let mut count = 0;
-    // SAFETY: FIONREAD writes one int, which `count` is, and keeps nothing.
-    match unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &mut count) } {
-        0 => count,
-        _ => 0,
+fn set_non_blocking(fd: &OwnedFd) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    if !flags.contains(OFlag::O_NONBLOCK) {
+        fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    }
+    Ok(())
+}
+
+fn end_of_terminal(error: io::Error) -> io::Result<usize> {
+    if is_hang_up(&error) {
+        Ok(0)
+    } else {
+        Err(error)
     }
 }
 
@@ -162,7 +191,6 @@ pub(super) fn read_some(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usi
     loop {
         return match read(fd, buffer) {
             Err(Errno::EINTR) => continue,
-            Err(Errno::EIO) => Ok(0),
             other => Ok(other?),
         };
     }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  FIFO stdin  --feed--> pipe / pty master --> process
-//!  FIFO stdout <--copy-- pipe / pty master <-- process      ends at EOF (pty: EIO)
+//!  FIFO stdout <--copy-- pipe / pty master <-- process      ends at EOF (pty: process ended, and EIO)
 //!  FIFO stderr <--copy-- pipe              <-- process      ends at EOF
 //! ```
 //!
@@ -16,6 +16,7 @@
 
 mod carry;
 mod fd;
+mod terminal;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +30,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{Gid, Uid, fchown, pipe2};
+use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
@@ -37,7 +39,7 @@ pub use fd::{Fd, peek};
 use crate::outlet::{OpenOutputs, Outlet};
 use carry::{copy, feed};
 use dyad_runtime_handler::spec::Stdio;
-use fd::{unread_bytes, write_some};
+use fd::write_some;
 
 /// How long a FIFO's reader may take once nothing more comes, and between two looks.
 const READ: Duration = Duration::from_millis(500);
@@ -79,41 +81,11 @@ pub struct Pump {
     master: Option<Arc<Fd>>,
     close_stdin: Arc<Notify>,
     outputs: OpenOutputs,
-    copies: Vec<Copying>,
     /// Changes whenever an output got on.
     moved: watch::Receiver<()>,
     feed: Option<Feeding>,
     outlet: Outlet,
     _tasks: JoinSet<()>,
-}
-
-/// An output, as [`Pump::settled`] looks at it.
-#[derive(Debug)]
-struct Copying {
-    /// Gone with its stream.
-    from: Weak<Fd>,
-    /// Bytes were read that are not written yet.
-    carrying: Arc<AtomicBool>,
-    /// Gone with its stream.
-    to: Weak<Fd>,
-}
-
-impl Copying {
-    fn is_settled(&self) -> bool {
-        // The process may end in between, so look at the pipe first.
-        let empty = self
-            .from
-            .upgrade()
-            .is_none_or(|fd| unread_bytes(fd.as_fd()) == 0);
-        empty && !self.carrying.load(Ordering::Relaxed)
-    }
-
-    /// Whether the FIFO's reader has all of it.
-    fn is_read(&self) -> bool {
-        self.to
-            .upgrade()
-            .is_none_or(|fifo| unread_bytes(fifo.as_fd()) == 0)
-    }
 }
 
 /// The stdin of a process.
@@ -206,7 +178,7 @@ impl Pump {
     /// # Panics
     /// Outside of a tokio runtime.
     pub fn terminal(stdio: Stdio, master: OwnedFd) -> io::Result<Self> {
-        let master = Arc::new(Fd::new(master)?);
+        let master = Arc::new(Fd::terminal(master)?);
         let mut streams = Streams::default();
         if let Some(fifo) = stdio.stdin {
             streams.feed(fifo, Arc::clone(&master))?;
@@ -265,7 +237,7 @@ impl Pump {
         let settled = async {
             loop {
                 moved.borrow_and_update();
-                if self.copies.iter().all(Copying::is_settled) {
+                if self.outlet.is_carried() {
                     return;
                 }
                 if moved.changed().await.is_err() {
@@ -279,7 +251,7 @@ impl Pump {
         }
         let read = async {
             // A FIFO tells nothing of its reader, so this looks.
-            while !self.copies.iter().all(Copying::is_read) {
+            while !self.outlet.is_read() {
                 tokio::time::sleep(LOOK).await;
             }
         };
@@ -294,28 +266,37 @@ impl Pump {
     /// `ENOTTY` without a terminal, else what the ioctl says.
     pub fn resize(&self, width: u16, height: u16) -> io::Result<()> {
         let master = self.master.as_ref().ok_or(Errno::ENOTTY)?;
-        let size = libc::winsize {
-            ws_row: height,
-            ws_col: width,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        // SAFETY: TIOCSWINSZ reads one `winsize`, which `size` is, and keeps nothing.
-        let result = unsafe { libc::ioctl(master.as_fd().as_raw_fd(), libc::TIOCSWINSZ, &size) };
-        Ok(Errno::result(result).map(drop)?)
+        resize(&**master, width, height)
     }
 
     /// Where the outputs go, to see at the end that they were read. Once: later there is
-    /// nothing in it.
+    /// nothing in it, neither for [`Self::settled`].
     pub fn take_outlet(&mut self) -> Outlet {
         std::mem::take(&mut self.outlet)
     }
 
-    /// Waits until every output came to its end, at most `bound` (something still
+    /// The process has ended: waits until every output came to its end, at most `bound` (something still
     /// holds the pipe, or nobody reads the FIFO). Returns whether they did.
     pub async fn drained(&self, bound: Duration) -> bool {
+        if let Some(master) = &self.master {
+            master.process_ended();
+        }
         self.outputs.ended(bound).await
     }
+}
+
+/// Sets a terminal's size in characters, from either end.
+///
+/// # Errors
+/// What the ioctl says; `ENOTTY`: it is no terminal.
+pub fn resize(terminal: impl AsFd, width: u16, height: u16) -> io::Result<()> {
+    let size = Winsize {
+        ws_row: height,
+        ws_col: width,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    Ok(tcsetwinsize(terminal, size)?)
 }
 
 /// The tasks of a pump that is being put together.
@@ -323,7 +304,6 @@ impl Pump {
 struct Streams {
     close_stdin: Arc<Notify>,
     outputs: OpenOutputs,
-    copies: Vec<Copying>,
     moved: watch::Sender<()>,
     feed: Option<Feeding>,
     outlet: Outlet,
@@ -343,7 +323,7 @@ impl Streams {
         self.tasks.spawn(async move {
             match feed(&fifo, &process, &close, &feeding).await {
                 // It does not read (any more), which is its own business.
-                Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EPIPE | libc::EIO)) => {}
                 Err(error) => log::warn!("stdin ends early: {error}"),
                 Ok(()) => {}
             }
@@ -358,13 +338,8 @@ impl Streams {
             Arc::downgrade(&process),
             Arc::clone(&carrying),
         )?;
-        let fifo = Arc::new(Fd::new(fifo)?);
+        let fifo = Fd::new(fifo)?;
         let open = self.outputs.add();
-        self.copies.push(Copying {
-            from: Arc::downgrade(&process),
-            carrying: Arc::clone(&carrying),
-            to: Arc::downgrade(&fifo),
-        });
         let moved = self.moved.clone();
         self.tasks.spawn(async move {
             let _open = open;
@@ -384,7 +359,6 @@ impl Streams {
             master,
             close_stdin: self.close_stdin,
             outputs: self.outputs,
-            copies: self.copies,
             moved: self.moved.subscribe(),
             feed: self.feed,
             outlet: self.outlet,

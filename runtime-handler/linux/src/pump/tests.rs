@@ -8,6 +8,7 @@ use tempfile::TempDir;
 use tokio::time::timeout;
 
 use super::*;
+use crate::fd::unread_bytes;
 
 const BOUND: Duration = Duration::from_secs(10);
 
@@ -253,6 +254,86 @@ async fn a_terminal_ends_with_its_last_user() {
     assert!(text.ends_with("45 123\r\n<hello>\r\n"), "{text:?}");
     // Waited for here or by the reaper's tests, whoever comes first.
     let _ = child.unwrap().wait();
+}
+
+/// A terminal's other side, closed, and a way to open it again.
+fn closed_terminal(stdio: Stdio) -> (Pump, impl Fn() -> File) {
+    let pty = openpty(None, None).unwrap();
+    let name = nix::unistd::ttyname(&pty.slave).unwrap();
+    let master = pty.master;
+    // What a process writes comes as it is.
+    let mut settings = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
+    nix::sys::termios::cfmakeraw(&mut settings);
+    let now = nix::sys::termios::SetArg::TCSANOW;
+    nix::sys::termios::tcsetattr(&pty.slave, now, &settings).unwrap();
+    let pump = Pump::terminal(stdio, master).unwrap();
+    drop(pty.slave);
+    let open = move || {
+        let mut options = File::options();
+        std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NOCTTY);
+        options.read(true).write(true).open(&name).unwrap()
+    };
+    (pump, open)
+}
+
+#[tokio::test]
+async fn a_terminal_that_was_closed_is_read_again_once_it_is_opened_again() {
+    let (_out, stdout, shown) = fifo();
+    let stdio = Stdio {
+        stdout: Some(stdout),
+        terminal: true,
+        ..Stdio::default()
+    };
+    let (pump, open) = closed_terminal(stdio);
+    for _ in 0..3 {
+        // The pump has seen that nobody has it open.
+        let ended = pump.outputs.ended(Duration::from_millis(50)).await;
+        assert!(!ended, "the process lives");
+        let mut terminal = open();
+        // More than a terminal holds, so a writer would hang if nobody read.
+        let sent = pattern(100_000);
+        let expected = sent.clone();
+        let writer = std::thread::spawn(move || terminal.write_all(&sent).unwrap());
+        assert!(read_exactly(&shown, expected.len()).await == expected);
+        writer.join().unwrap();
+    }
+    open().write_all(b"last words").unwrap();
+    assert!(pump.drained(BOUND).await, "the process has ended");
+    assert_eq!(read_exactly(&shown, 10).await, b"last words");
+}
+
+#[tokio::test]
+async fn input_for_a_terminal_that_was_closed_waits_until_it_is_opened_again() {
+    let (_in, stdin, type_here) = fifo();
+    let stdio = Stdio {
+        stdin: Some(stdin),
+        terminal: true,
+        ..Stdio::default()
+    };
+    let (_pump, open) = closed_terminal(stdio);
+    type_here.write_all(b"hello").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let mut terminal = open();
+    let reader = tokio::task::spawn_blocking(move || {
+        let mut got = [0; 5];
+        terminal.read_exact(&mut got).map(|()| got)
+    });
+    let got = timeout(BOUND, reader).await.unwrap().unwrap().unwrap();
+    assert_eq!(&got, b"hello");
+}
+
+#[tokio::test]
+async fn the_end_of_a_process_ends_the_output_of_its_closed_terminal() {
+    let (_out, stdout, _shown) = fifo();
+    let stdio = Stdio {
+        stdout: Some(stdout),
+        terminal: true,
+        ..Stdio::default()
+    };
+    let (mut pump, _open) = closed_terminal(stdio);
+    assert!(!pump.outputs.ended(Duration::from_millis(50)).await);
+    assert!(pump.take_outlet().taken().await);
+    assert!(pump.outputs.ended(BOUND).await);
 }
 
 #[tokio::test]

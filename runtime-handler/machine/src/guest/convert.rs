@@ -6,11 +6,9 @@ use dyad_agent_api::link::host::CallError;
 use dyad_agent_api::protobuf::well_known_types::timestamp::Timestamp;
 use dyad_agent_api::protobuf::{self, Message};
 use dyad_agent_api::task_api::api::PidsResponse;
-use dyad_agent_api::task_api::cgroups_v2::metrics::Metrics;
 use dyad_agent_api::task_api::shim::oci::ProcessDetails;
 use dyad_agent_api::ttrpc::Code;
 use dyad_runtime_handler::Error;
-use dyad_runtime_handler::stats::{CpuStats, Hierarchy, IoStats, MemoryStats, PidsStats, Stats};
 
 /// Our error for one of the link; `doing` says what was asked.
 pub fn error(error: CallError, doing: impl Fn() -> String) -> Error {
@@ -64,60 +62,6 @@ pub fn pids(answer: PidsResponse) -> protobuf::Result<Vec<(u32, Option<String>)>
         Ok((process.pid, exec.filter(|exec| !exec.is_empty())))
     };
     answer.processes.into_iter().map(process).collect()
-}
-
-/// containerd's cgroup v2 metrics.
-pub fn stats(metrics: &[u8]) -> protobuf::Result<Stats> {
-    let metrics = Metrics::parse_from_bytes(metrics)?;
-    let ns = |usec: u64| usec.saturating_mul(1000);
-    let (cpu, memory, pids) = (&metrics.cpu, &metrics.memory, &metrics.pids);
-    let events = &metrics.memory_events;
-    Ok(Stats {
-        hierarchy: Hierarchy::V2,
-        cpu: CpuStats {
-            usage_ns: ns(cpu.usage_usec),
-            user_ns: ns(cpu.user_usec),
-            system_ns: ns(cpu.system_usec),
-            periods: cpu.nr_periods,
-            throttled_periods: cpu.nr_throttled,
-            throttled_ns: ns(cpu.throttled_usec),
-        },
-        memory: MemoryStats {
-            usage: memory.usage,
-            limit: memory.usage_limit,
-            peak: memory.max_usage,
-            swap_usage: memory.swap_usage,
-            swap_limit: memory.swap_limit,
-            anon: memory.anon,
-            file: memory.file,
-            inactive_file: memory.inactive_file,
-            active_file: memory.active_file,
-            inactive_anon: memory.inactive_anon,
-            active_anon: memory.active_anon,
-            kernel: memory.kernel_stack.saturating_add(memory.slab),
-            pgfault: memory.pgfault,
-            pgmajfault: memory.pgmajfault,
-            max_events: events.max,
-            oom_kills: events.oom_kill,
-        },
-        pids: PidsStats {
-            current: pids.current,
-            limit: pids.limit,
-        },
-        io: metrics
-            .io
-            .usage
-            .iter()
-            .map(|entry| IoStats {
-                major: entry.major,
-                minor: entry.minor,
-                read_bytes: entry.rbytes,
-                write_bytes: entry.wbytes,
-                read_ios: entry.rios,
-                write_ios: entry.wios,
-            })
-            .collect(),
-    })
 }
 
 #[cfg(test)]
@@ -219,20 +163,5 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(pids(answer).unwrap(), [(7, None), (8, Some("e".into()))]);
-    }
-
-    #[test]
-    fn metrics_become_ours() {
-        let mut metrics = Metrics::new();
-        metrics.cpu.mut_or_insert_default().usage_usec = 3;
-        metrics.memory.mut_or_insert_default().kernel_stack = 10;
-        metrics.memory.mut_or_insert_default().slab = 5;
-        metrics.memory.mut_or_insert_default().usage_limit = u64::MAX;
-        metrics.memory_events.mut_or_insert_default().oom_kill = 1;
-        let stats = stats(&metrics.write_to_bytes().unwrap()).unwrap();
-        assert_eq!(stats.cpu.usage_ns, 3000);
-        assert_eq!(stats.memory.kernel, 15);
-        assert_eq!((stats.memory.limit, stats.memory.oom_kills), (u64::MAX, 1));
-        assert!(super::stats(b"\xff").is_err());
     }
 }

@@ -482,7 +482,7 @@ impl Agent {
         };
         let doing = || on("read the usage of", id, None);
         let answer: StatsResponse = self.task("Stats", request, doing).await?;
-        convert::stats(&answer.stats.value).context(doing)
+        dyad_agent_api::stats::decode(&answer.stats.value).context(doing)
     }
 
     /// Applies new limits to a container.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::config::{Channel, MachineConfig};
 use dyad_runtime_handler::error::{Context, Result};
+use dyad_runtime_handler::identity::pod_uuid;
 use dyad_runtime_handler::migration;
 use dyad_runtime_handler::spec::ContainerSpec;
 use log::info;
@@ -17,7 +18,7 @@ use crate::kept::{self, Kept};
 use crate::libvirt::Libvirt;
 use crate::network::plan::NetworkPlan;
 use crate::network::{apply as network, plan as network_plan};
-use crate::record::{Folder, Record, machine_uuid};
+use crate::record::{Folder, Record};
 use crate::resize::Reached;
 use crate::size::PodSize;
 use crate::spec::SandboxSpec;
@@ -66,7 +67,7 @@ pub(super) async fn prepare(site: &Site, spec: &ContainerSpec) -> Result<Prepare
     } = site;
     let mut record = site.record.clone();
     let uuid = record.uuid;
-    let pod = machine_uuid(&record.containerd_namespace, &record.sandbox_id);
+    let pod = pod_uuid(&record.containerd_namespace, &record.sandbox_id);
     let waits = migration::source_of(&spec.pod).is_some();
     let wanted = size::plan(
         config,

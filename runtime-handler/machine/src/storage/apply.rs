@@ -2,11 +2,12 @@
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use dyad_linux::files::{PRIVATE, write_atomically};
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
 use nix::errno::Errno;
@@ -342,8 +343,8 @@ fn digest_blocking(image: &Path) -> Result<String> {
         .map(|byte| format!("{byte:02x}"))
         .collect();
     // Only saves time.
-    if let Err(error) = write_atomically(&kept, digest.as_bytes()) {
-        log::debug!("{}: {error}", kept.display());
+    if let Err(error) = write_atomically(&kept, digest.as_bytes(), PRIVATE) {
+        log::debug!("{}", error.chain());
     }
     Ok(digest)
 }
@@ -388,18 +389,6 @@ fn run(command: &mut Command) -> Result<Output, HelperError> {
         status: output.status,
         stderr: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
     })
-}
-
-/// Writes `content` so that a reader sees the old or the new file, never a part.
-///
-/// # Errors
-/// The directory cannot be written.
-pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
-    let partial = path.with_extension("partial");
-    let mut file = File::create(&partial)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    std::fs::rename(&partial, path)
 }
 
 /// How much of a file is data: neither holes nor what is allocated but reads as zeroes, as

@@ -7,12 +7,11 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use dyad_linux::files::{PRIVATE, write_atomically};
 use dyad_linux::owner::Owner;
 use dyad_runtime_handler::error::{Context, Result};
 use dyad_runtime_handler::sweep::Swept;
 use log::{info, warn};
-
-use super::apply::write_atomically;
 
 /// The file name extension of an image.
 pub const IMAGE: &str = "erofs";
@@ -31,7 +30,7 @@ pub fn note(image: &Path, layers: &[PathBuf]) -> Result<()> {
     let layers: BTreeSet<&PathBuf> = layers.iter().collect();
     let context = || format!("write {}", file.display());
     let text = serde_json::to_vec(&layers).context(context)?;
-    write_atomically(&file, &text).context(context)
+    write_atomically(&file, &text, PRIVATE)
 }
 
 /// Removes the images of `dir` that nobody can ask for again.

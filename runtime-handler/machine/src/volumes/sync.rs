@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use dyad_agent_api::link::fd::register;
+use dyad_linux::fd::register;
 use dyad_runtime_handler::error::{Context, Result};
 use log::{debug, warn};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};

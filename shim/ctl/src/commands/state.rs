@@ -97,7 +97,7 @@ mod tests {
             text.contains("State:    paused\n") && !text.contains("Machine"),
             "{text}"
         );
-        let identity = dyad_container::pod_uuid("k8s.io", "1aaa");
+        let identity = dyad_runtime_handler::identity::pod_uuid("k8s.io", "1aaa");
         assert!(text.contains(&format!("Identity: {identity}\n")), "{text}");
         pod.machine = Some(crate::model::Machine {
             uuid: "u".into(),

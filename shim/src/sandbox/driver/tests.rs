@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dyad_fake::{Fake, Reply as FakeReply};
-use dyad_runtime_handler::migration::{MigrationParameters, Tombstones};
+use dyad_runtime_handler::migration::MigrationParameters;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
 use super::*;
 use crate::config::Config;
+use crate::fence::Tombstones;
 use crate::migration::{ContainerState, Outcome, PodState};
 use crate::sandbox::pod::Operation;
 use crate::sandbox::state::TaskStatus;

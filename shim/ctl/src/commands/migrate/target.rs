@@ -99,7 +99,8 @@ impl Target {
             sandbox["info"]["config"].clone(),
             &pod.migration_source(),
             // Another one than here, where this uid must not run again.
-            &dyad_container::pod_uuid(&pod.containerd_namespace, &pod.sandbox_id).to_string(),
+            &dyad_runtime_handler::identity::pod_uuid(&pod.containerd_namespace, &pod.sandbox_id)
+                .to_string(),
         );
         let config_file = file(&config)?;
         let handler = sandbox["status"]["runtimeHandler"]

@@ -141,7 +141,11 @@ fn attach_shows_output_and_detaches_without_ending_the_process(
 
 fn a_container_with_a_terminal_has_one(context: &Context<'_>) -> Result<()> {
     let pod = context.pod()?;
-    let container = pod.run_with("tty; read line; echo got $line; exit 6", |config| {
+    // Systems close what they were started with, and open /dev/console: a second is enough
+    // for that to be seen, and 100 kB more than a terminal holds.
+    let script = "tty; read line; echo got $line; exec </dev/null >/dev/null 2>&1; sleep 1; \
+                  exec </dev/console >/dev/console 2>&1; seq 20000; echo open again; exit 6";
+    let container = pod.run_with(script, |config| {
         config["stdin"] = json!(true);
         config["tty"] = json!(true);
     })?;
@@ -150,8 +154,9 @@ fn a_container_with_a_terminal_has_one(context: &Context<'_>) -> Result<()> {
         .crictl
         .on_a_terminal(&["attach", "-it", &container.id], b"typed\n")?;
     same("exit code", container.exited()?.exit_code, 6)?;
-    container
-        .says("got typed")
-        .map(drop)
-        .map_err(|error| error.context(shown.text()))
+    for text in ["got typed", "20000", "open again"] {
+        let said = container.says(text);
+        said.map_err(|error| error.context(shown.text()))?;
+    }
+    Ok(())
 }
