@@ -103,7 +103,8 @@ pub fn read_stdin() -> Result<Vec<u8>> {
 }
 
 /// Tells the two stdin formats apart and reads either. `ttrpc_env` is
-/// `$TTRPC_ADDRESS`, where containerds before 2.3 put it.
+/// `$TTRPC_ADDRESS`, where containerds before 2.3 put it; it also counts where
+/// `BootstrapParams` name none.
 ///
 /// # Errors
 /// `InvalidArgument` for input that is neither, or options of a type we do not know.
@@ -124,7 +125,9 @@ pub fn start_input(input: &[u8], args: &Args, ttrpc_env: &str) -> Result<StartIn
             protocol: Protocol::Bootstrap,
             options,
             socket_dir: params.socket_dir.filter(|dir| !dir.is_empty()),
-            ttrpc_address: params.containerd_ttrpc_address,
+            ttrpc_address: Some(params.containerd_ttrpc_address)
+                .filter(|address| !address.is_empty())
+                .unwrap_or_else(|| ttrpc_env.to_owned()),
             // The enum is open: more verbose levels are negative.
             debug: args.debug || params.log_level.value() < 0,
         });
@@ -289,6 +292,18 @@ mod tests {
         assert_eq!(read.ttrpc_address, "/run/c.ttrpc");
         assert_eq!(read.socket_dir.as_deref(), Some("/run/s"));
         assert_eq!(read.options.source, Source::Path("/etc/d.toml".into()));
+    }
+
+    #[test]
+    fn bootstrap_params_without_a_ttrpc_address_leave_it_to_the_environment() {
+        let params = BootstrapParams {
+            instance_id: "abc".into(),
+            namespace: "k8s.io".into(),
+            ..Default::default()
+        };
+        let read = start_input(&params.write_to_bytes().unwrap(), &command_line(), "/env").unwrap();
+        assert_eq!(read.protocol, Protocol::Bootstrap);
+        assert_eq!(read.ttrpc_address, "/env");
     }
 
     #[test]
