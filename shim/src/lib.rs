@@ -21,6 +21,7 @@ mod events;
 mod logger;
 pub mod migration;
 mod peers;
+mod plain_pod;
 mod pod_files;
 mod pod_spec;
 mod rpc;

@@ -290,14 +290,14 @@ impl Containers {
     }
 }
 
-/// Names become file names.
+/// Names become file names. What an OCI runtime refuses beside that, it refuses itself.
 pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-' | '+');
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-' | '+' | '#');
     if !name.is_empty() && name.chars().all(plain) && !name.chars().all(|c| c == '.') {
         return Ok(());
     }
     Err(Error::InvalidArgument(format!(
-        "{what} {name:?}: must be made of letters, digits, '_', '.', '-' and '+'"
+        "{what} {name:?}: must be made of letters, digits, '_', '.', '-', '+' and '#'"
     )))
 }
 
@@ -310,7 +310,7 @@ mod tests {
         for name in ["", ".", "..", "a/b", "../x", "a b", "ü", "a\0"] {
             assert!(check_name("container id", name).is_err(), "{name:?}");
         }
-        for name in ["a", "a.b", "k8s.io", "a-b_c+1", "..."] {
+        for name in ["a", "a.b", "k8s.io", "a-b_c+1", "a#01", "..."] {
             assert_eq!(check_name("x", name).is_ok(), name != "...", "{name:?}");
         }
     }

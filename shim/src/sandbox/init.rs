@@ -42,7 +42,7 @@ impl Driver {
         let mut oci = spec::read(&request.bundle)?;
         let no_annotations = std::collections::HashMap::new();
         let annotations = oci.annotations().as_ref().unwrap_or(&no_annotations);
-        let identity = Identity::of(id, annotations)?;
+        let identity = self.identity(id, annotations)?;
         let launch = &self.pod.launch;
         let pod = spec::pod_info(&identity, annotations, &launch.config)?;
         if identity.role == Role::Container {
@@ -68,7 +68,7 @@ impl Driver {
         }
         if identity.role == Role::Container
             && let Some(files) = &self.files
-            && files.mount_into(&mut oci)
+            && files.share_with(&mut oci, self.pod_pid())
         {
             // The OCI runtime reads it there, now and at each start in place.
             spec::write(&request.bundle, &oci)?;
