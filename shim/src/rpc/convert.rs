@@ -10,6 +10,7 @@ use dyad_runtime_handler::handler::ProcessId;
 use dyad_runtime_handler::spec::{Resources, RootMount};
 use dyad_runtime_handler::stats::{Hierarchy, IoStats, Stats};
 use dyad_runtime_handler::{Error, Result};
+use oci_spec::runtime::Process;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, Message, MessageField};
@@ -91,8 +92,10 @@ pub fn exec_request(request: ExecProcessRequest) -> Result<(String, ExecRequest)
         return Err(Error::InvalidArgument("exec: the exec id is empty".into()));
     }
     let spec = request.spec.into_option().unwrap_or_default();
-    let process = serde_json::from_slice(&spec.value)
+    let mut process: Process = serde_json::from_slice(&spec.value)
         .map_err(|error| Error::InvalidArgument(format!("exec {}: {error}", request.exec_id)))?;
+    // The request's word counts, as with containerd's own shim: it says what the client reads.
+    process.set_terminal(Some(request.terminal));
     Ok((
         request.id,
         ExecRequest {
@@ -376,6 +379,26 @@ mod tests {
             process_id("c".into(), "e".into()),
             ProcessId::exec("c", "e")
         );
+    }
+
+    #[test]
+    fn an_exec_has_a_terminal_where_its_request_asks_for_one() {
+        for (spec, asked) in [("", true), (r#","terminal":true"#, false)] {
+            let process =
+                format!(r#"{{"cwd":"/","args":["sh"],"user":{{"uid":0,"gid":0}}{spec}}}"#);
+            let request = ExecProcessRequest {
+                exec_id: "e".into(),
+                terminal: asked,
+                spec: MessageField::some(Any {
+                    value: process.into_bytes(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            };
+            let (_, exec) = exec_request(request).unwrap();
+            assert_eq!(exec.process.terminal(), Some(asked));
+            assert_eq!(exec.stdio.terminal, asked);
+        }
     }
 
     #[test]
