@@ -28,6 +28,8 @@ pub(crate) enum Command<'a> {
         bundle: &'a Path,
         pid_file: &'a Path,
         console_socket: Option<&'a Path>,
+        no_pivot: bool,
+        no_new_keyring: bool,
     },
     Start {
         id: &'a str,
@@ -120,11 +122,19 @@ impl Command<'_> {
                 bundle,
                 pid_file,
                 console_socket,
+                no_pivot,
+                no_new_keyring,
             } => {
                 argv.option("--bundle", bundle)
                     .option("--pid-file", pid_file);
                 if let Some(socket) = console_socket {
                     argv.option("--console-socket", socket);
+                }
+                if *no_pivot {
+                    argv.word("--no-pivot");
+                }
+                if *no_new_keyring {
+                    argv.word("--no-new-keyring");
                 }
                 argv.word(id);
             }
@@ -312,6 +322,8 @@ mod tests {
                     bundle,
                     pid_file,
                     console_socket: None,
+                    no_pivot: false,
+                    no_new_keyring: false,
                 },
                 "create --bundle /b --pid-file /b/init.pid web",
             ),
@@ -321,8 +333,10 @@ mod tests {
                     bundle,
                     pid_file,
                     console_socket: socket,
+                    no_pivot: true,
+                    no_new_keyring: true,
                 },
-                "create --bundle /b --pid-file /b/init.pid --console-socket /s web",
+                "create --bundle /b --pid-file /b/init.pid --console-socket /s --no-pivot --no-new-keyring web",
             ),
             (Command::Start { id }, "start web"),
             (

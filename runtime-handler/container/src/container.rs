@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use dyad_linux::cgroup::{Cgroup, Hierarchies, OomWatch};
 use dyad_linux::pump::{Ends, Pump, Unread};
+use dyad_runtime_handler::config::ContainerConfig;
 use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::handler::{EventSender, Instance, ProcessId};
 use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, RootMount, Stdio};
@@ -105,9 +106,9 @@ impl Container {
         runtime: Runtime,
         hierarchies: Arc<Hierarchies>,
         events: EventSender,
-        incoming: bool,
+        (config, incoming): (&ContainerConfig, bool),
     ) -> Result<Self> {
-        let facts = Facts::new(&spec);
+        let facts = Facts::new(&spec, config);
         let ContainerSpec {
             bundle,
             name,
@@ -115,7 +116,7 @@ impl Container {
             stdio,
             ..
         } = spec;
-        runtime.prepare()?;
+        runtime.prepare(&facts.id)?;
         let container = Self {
             facts,
             about: About {
@@ -159,7 +160,7 @@ impl Container {
         {
             log::warn!("{}: {}", self.facts.id, error.chain());
         }
-        self.runtime.finish();
+        self.runtime.finish(&self.facts.id);
         if !mounts.is_empty()
             && let Err(error) = rootfs::unmount_all(&self.facts.bundle.join("rootfs"))
         {
@@ -337,7 +338,11 @@ impl Container {
     ) -> Result<(Made, Pump)> {
         let facts = &self.facts;
         let bundle = &facts.bundle;
-        let pid_file = ShortLived(bundle.join(self.runtime.unique("pid")));
+        let pid_file = ShortLived(match exec {
+            // Where containerd's own shim has it: wrappers of the OCI runtime look there.
+            None => bundle.join("init.pid"),
+            Some(_) => bundle.join(self.runtime.unique("pid")),
+        });
         let process_file = ShortLived(bundle.join(self.runtime.unique("process")));
         if let Some(process) = exec {
             let text = serde_json::to_vec(process).context(|| "write the OCI process".into())?;
@@ -358,6 +363,8 @@ impl Container {
                 bundle,
                 pid_file: &pid_file.0,
                 console_socket,
+                no_pivot: facts.no_pivot,
+                no_new_keyring: facts.no_new_keyring,
             },
             Some(_) => Command::Exec {
                 id: &facts.id,
@@ -581,7 +588,8 @@ impl Instance for Container {
             return process.signal(signal);
         }
         let init = self.init()?;
-        if process.exit().is_some() {
+        // Somebody may have deleted it past us, and its process with it.
+        if process.exit().is_some() || !self.runtime.knows(&self.facts.id) {
             return Err(process.not_found());
         }
         match &init.cgroup {
@@ -679,7 +687,7 @@ impl Instance for Container {
             }
         };
         let user = added.process.user();
-        let owner = self.facts.ids.on_host(user.uid(), user.gid());
+        let owner = self.facts.owner_of(user.uid(), user.gid());
         let made = self.make(added.stdio, owner, Some(&added.process)).await;
         let (made, pump) = match made {
             Ok(made) => made,
@@ -785,7 +793,7 @@ impl Instance for Container {
     async fn delete(&self) -> Result<()> {
         if lock(&self.incoming).take().is_some() {
             self.unmount().await?;
-            self.runtime.finish();
+            self.runtime.finish(&self.facts.id);
             return Ok(());
         }
         let Some(init) = lock(&self.init).clone() else {
@@ -802,7 +810,7 @@ impl Instance for Container {
             let (deleted, unmounted) = tokio::join!(self.delete_state(), self.unmount());
             deleted.and(unmounted)?;
         }
-        self.runtime.finish();
+        self.runtime.finish(&self.facts.id);
         *lock(&self.init) = None;
         lock(&self.execs).clear();
         Ok(())

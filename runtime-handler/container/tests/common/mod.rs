@@ -51,7 +51,7 @@ pub fn run<F: Future>(test: impl FnOnce(Arc<Reaper>) -> F) -> F::Output {
 }
 
 /// `DYAD_TEST_RUNC`, the one that hack/tools built, or that on `PATH`.
-fn runc() -> PathBuf {
+pub fn runc() -> PathBuf {
     if let Some(given) = env::var_os("DYAD_TEST_RUNC") {
         return given.into();
     }
@@ -130,6 +130,15 @@ pub struct Ends {
 impl Pod {
     /// `script` runs in busybox's sh.
     pub fn new(reaper: Arc<Reaper>, script: &str) -> Self {
+        Self::with_config(reaper, script, |_| {})
+    }
+
+    /// The same with another configuration.
+    pub fn with_config(
+        reaper: Arc<Reaper>,
+        script: &str,
+        change: impl FnOnce(&mut ContainerConfig),
+    ) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let id = format!("dyad-test-{}-{count}", std::process::id());
@@ -137,12 +146,14 @@ impl Pod {
         make_root(&temp.path().join("image"));
         fs::create_dir_all(temp.path().join("bundle/rootfs")).unwrap();
         let (sender, events) = unbounded_channel();
+        let mut config = ContainerConfig {
+            runtime: Some(runc()),
+            criu: criu(),
+            ..ContainerConfig::default()
+        };
+        change(&mut config);
         let handler = Containers::new(
-            ContainerConfig {
-                runtime: Some(runc()),
-                criu: criu(),
-                ..ContainerConfig::default()
-            },
+            config,
             Folders::below(temp.path(), &temp.path().join("cache")),
             Arc::clone(&reaper),
             sender,
