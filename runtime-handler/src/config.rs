@@ -80,7 +80,7 @@ pub struct ContainerConfig {
     /// CRIU's binary, named `criu`, which checkpoints and restores a pod that migrates;
     /// unset: `criu` on `PATH`.
     pub criu: Option<PathBuf>,
-    /// Where CRIU keeps its log of a checkpoint or a restore; unset: beside the images.
+    /// Where CRIU keeps its log of a checkpoint or a restore; unset: in the bundle.
     pub criu_work: Option<PathBuf>,
     /// Where a pod that waits for its migration source listens on the network:
     /// `tls://ADDRESS:PORT`, or `tcp://ADDRESS:PORT` with [`Self::migration_clear`]; port

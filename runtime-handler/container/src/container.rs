@@ -6,13 +6,14 @@
 //!                +------------------+-----------------+--delete--> gone
 //!
 //!  create of a pod that waits --> Incoming --arrive--> Started
+//!  create from a checkpoint   --> (no process) --start--> Started
 //! ```
 //! The driver orders the calls that change a container; reads and execs run beside
 //! them. The locks here are held only to look or to note, never while waiting.
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,10 +21,13 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use dyad_linux::cgroup::{Cgroup, Hierarchies, OomWatch};
 use dyad_linux::pump::{Ends, Pump, Unread};
+use dyad_linux::reaper::Reaper;
 use dyad_runtime_handler::config::ContainerConfig;
 use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::handler::{EventSender, Instance, ProcessId};
-use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, RootMount, Stdio};
+use dyad_runtime_handler::spec::{
+    Checkpoint, ContainerSpec, ExecSpec, Resources, RootMount, Stdio,
+};
 use dyad_runtime_handler::stats::Stats;
 use oci_spec::runtime::Process as OciProcess;
 
@@ -51,7 +55,10 @@ pub(crate) struct Container {
     init: Mutex<Option<Init>>,
     /// Mounted and with its stdio, but without a process until one arrives.
     incoming: Mutex<Option<Stdio>>,
-    /// So, and it has ended while it was waiting.
+    /// The same, and what it goes on from when it is started.
+    restoring: Mutex<Option<(Stdio, PathBuf)>>,
+    config: Arc<ContainerConfig>,
+    /// It was incoming, and has ended while it was waiting.
     withdrawn: AtomicBool,
     execs: Mutex<HashMap<String, Exec>>,
 }
@@ -106,14 +113,15 @@ impl Container {
         runtime: Runtime,
         hierarchies: Arc<Hierarchies>,
         events: EventSender,
-        (config, incoming): (&ContainerConfig, bool),
+        (config, incoming): (Arc<ContainerConfig>, bool),
     ) -> Result<Self> {
-        let facts = Facts::new(&spec, config);
+        let facts = Facts::new(&spec, &config);
         let ContainerSpec {
             bundle,
             name,
             rootfs: mounts,
             stdio,
+            checkpoint,
             ..
         } = spec;
         runtime.prepare(&facts.id)?;
@@ -134,6 +142,8 @@ impl Container {
             events,
             init: Mutex::new(None),
             incoming: Mutex::new(None),
+            restoring: Mutex::new(None),
+            config,
             withdrawn: AtomicBool::new(false),
             execs: Mutex::default(),
         };
@@ -141,6 +151,10 @@ impl Container {
         rootfs::mount_all(&mounts, &target)?;
         if incoming {
             *lock(&container.incoming) = Some(stdio);
+            return Ok(container);
+        }
+        if let Some(images) = checkpoint {
+            *lock(&container.restoring) = Some((stdio, images));
             return Ok(container);
         }
         match container.make_init(stdio).await {
@@ -212,6 +226,25 @@ impl Container {
         let stdio = lock(&self.incoming).take().ok_or_else(|| {
             Error::FailedPrecondition(format!("container {} waits for nothing", self.facts.id))
         })?;
+        let restored = self.restored(stdio, images).await;
+        let init = match restored {
+            Ok(init) => init,
+            Err(error) => {
+                // Nothing came, and it is to be deleted as one to which nothing came.
+                *lock(&self.incoming) = Some(Stdio::default());
+                return Err(error);
+            }
+        };
+        let pid = init.process.pid;
+        *lock(&self.init) = Some(init);
+        Ok(pid)
+    }
+
+    /// Has the OCI runtime make the process from images. Its end is held back.
+    ///
+    /// # Errors
+    /// What the runtime says; nothing is left of it then.
+    pub(crate) async fn restored(&self, stdio: Stdio, images: &Images<'_>) -> Result<Init> {
         let facts = &self.facts;
         let pid_file = ShortLived(facts.bundle.join(self.runtime.unique("pid")));
         let (pump, ends) =
@@ -241,21 +274,15 @@ impl Container {
                 &pid_file.0,
             )
             .await;
-        let made = match made {
-            Ok(made) => made,
+        match made {
+            Ok(made) => Ok(self.init_of(made, pump, Gate::Held, true)),
             Err(error) => {
-                // Nothing came, and it is to be deleted as one to which nothing came.
-                *lock(&self.incoming) = Some(Stdio::default());
                 if let Err(error) = self.delete_state().await {
                     log::warn!("{}: {}", facts.id, error.chain());
                 }
-                return Err(error);
+                Err(error)
             }
-        };
-        let pid = made.pid;
-        let init = self.init_of(made, pump, Gate::Held, true);
-        *lock(&self.init) = Some(init);
-        Ok(pid)
+        }
     }
 
     /// The arrived process belongs to the pod now, and its end is told.
@@ -297,6 +324,14 @@ impl Container {
 
     pub(crate) fn id(&self) -> &str {
         &self.facts.id
+    }
+
+    pub(crate) fn config(&self) -> &ContainerConfig {
+        &self.config
+    }
+
+    pub(crate) fn reaper(&self) -> &Arc<Reaper> {
+        self.runtime.reaper()
     }
 
     pub(crate) fn bundle(&self) -> &Path {
@@ -451,6 +486,12 @@ impl Container {
             .unwrap_or_else(|panic| Err(Error::other("unmount the root file system", panic)))
     }
 
+    /// Removes what was kept beside the OCI runtime's state.
+    fn forget(&self) {
+        self.runtime.finish(&self.facts.id);
+        self.remove_own_work_folder();
+    }
+
     fn not_found(&self) -> Error {
         Error::NotFound(format!("container {}", self.facts.id))
     }
@@ -554,6 +595,20 @@ impl Instance for Container {
     async fn start(&self, stdio: Option<Stdio>) -> Result<u32> {
         if self.is_incoming() {
             return Ok(std::process::id());
+        }
+        let restoring = lock(&self.restoring).take();
+        if let Some((stdio, images)) = restoring {
+            let init = match self.restore_from(stdio, &images).await {
+                Ok(init) => init,
+                Err(error) => {
+                    // It is to be deleted as one that was never started.
+                    *lock(&self.restoring) = Some((Stdio::default(), images));
+                    return Err(error);
+                }
+            };
+            *lock(&self.init) = Some(init.clone());
+            init.process.set_gate(Gate::Open);
+            return Ok(init.process.pid);
         }
         let mut init = self.init()?;
         if init.started {
@@ -790,10 +845,16 @@ impl Instance for Container {
             .await
     }
 
+    async fn checkpoint(&self, to: &Checkpoint) -> Result<()> {
+        self.save(to).await
+    }
+
     async fn delete(&self) -> Result<()> {
-        if lock(&self.incoming).take().is_some() {
+        let never_ran =
+            lock(&self.incoming).take().is_some() || lock(&self.restoring).take().is_some();
+        if never_ran {
             self.unmount().await?;
-            self.runtime.finish(&self.facts.id);
+            self.forget();
             return Ok(());
         }
         let Some(init) = lock(&self.init).clone() else {
@@ -810,7 +871,7 @@ impl Instance for Container {
             let (deleted, unmounted) = tokio::join!(self.delete_state(), self.unmount());
             deleted.and(unmounted)?;
         }
-        self.runtime.finish(&self.facts.id);
+        self.forget();
         *lock(&self.init) = None;
         lock(&self.execs).clear();
         Ok(())

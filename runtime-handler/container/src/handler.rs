@@ -28,7 +28,7 @@ const OLDEST_SPEC: &str = "1.0.0";
 
 /// The container kind.
 pub struct Containers {
-    pub(crate) config: ContainerConfig,
+    pub(crate) config: Arc<ContainerConfig>,
     pub(crate) folders: Folders,
     pub(crate) reaper: Arc<Reaper>,
     events: EventSender,
@@ -83,7 +83,7 @@ impl Containers {
         events: EventSender,
     ) -> Arc<dyn RuntimeHandler> {
         Arc::new(Self {
-            config,
+            config: Arc::new(config),
             folders,
             reaper,
             events,
@@ -160,7 +160,7 @@ impl RuntimeHandler for Containers {
         let hierarchies = Arc::clone(self.hierarchies()?);
         let incoming = !is_sandbox && self.awaits_source();
         let events = self.events.clone();
-        let how = (&self.config, incoming);
+        let how = (Arc::clone(&self.config), incoming);
         let container = Container::create(spec, runtime, hierarchies, events, how).await?;
         let container = Arc::new(container);
         if is_sandbox {

@@ -9,7 +9,7 @@ use common::{BOUND, Pod, cgroups_named, read_now, read_until, run};
 use dyad_linux::cgroup::Hierarchies;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::handler::{ContainerRef, Event};
-use dyad_runtime_handler::spec::{Resources, Role, Stdio};
+use dyad_runtime_handler::spec::{Checkpoint, Resources, Role, Stdio};
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -575,6 +575,63 @@ exec $runc "$@""#,
         std::io::Write::write_all(&mut opened, b"\n").unwrap();
         assert!(timeout(BOUND, started).await.unwrap().unwrap().is_err());
         container.delete_exec("e1").await.unwrap();
+        container.delete().await.unwrap();
+        pod.assert_nothing_left();
+    });
+}
+
+#[test]
+fn a_checkpointed_container_runs_on_or_ends_and_another_goes_on_from_it() {
+    run(|reaper| async move {
+        const COUNT: &str = "n=0; while :; do n=$((n+1)); echo n=$n; sleep 0.1; done";
+        let images = tempfile::tempdir().unwrap();
+        let mut pod = Pod::new(reaper.clone(), COUNT);
+        let (container, ends) = pod.start().await;
+        read_until(&ends.stdout, "n=3\n").await;
+        let mut to = Checkpoint {
+            images: images.path().join("one"),
+            work: Some(images.path().join("work")),
+            ..Checkpoint::default()
+        };
+        container.checkpoint(&to).await.unwrap();
+        assert!(images.path().join("work/dump.log").exists());
+        read_until(&ends.stdout, "n=").await;
+        assert!(container.pids().await.is_ok_and(|pids| !pids.is_empty()));
+        to.images = images.path().join("two");
+        to.exit = true;
+        container.checkpoint(&to).await.unwrap();
+        assert_eq!(pod.next_exit(None).await.status, 137);
+        let last = read_now(&ends.stdout);
+        let error = container.checkpoint(&to).await.unwrap_err();
+        assert!(matches!(error, Error::FailedPrecondition(_)), "{error}");
+        container.delete().await.unwrap();
+
+        let mut next = Pod::new(reaper, COUNT);
+        next.share_image(&pod);
+        next.checkpoint = Some(to.images);
+        let (stdio, ends) = next.stdio("init", false);
+        let restored = next.create(stdio).await.unwrap();
+        assert_eq!(restored.pid(), None, "it has no process before its start");
+        restored.start(None).await.unwrap();
+        let number = |line: &str| line.strip_prefix("n=").and_then(|n| n.parse::<u32>().ok());
+        let before = last.lines().filter_map(number).max().unwrap_or(3);
+        let goes_on = format!("n={}\n", before + 2);
+        read_until(&ends.stdout, &goes_on).await;
+        restored.delete().await.unwrap();
+        next.next_exit(None).await;
+        next.assert_nothing_left();
+    });
+}
+
+#[test]
+fn a_restore_from_nothing_fails_with_criu_s_words_and_can_be_deleted() {
+    run(|reaper| async move {
+        let empty = tempfile::tempdir().unwrap();
+        let mut pod = Pod::new(reaper, "sleep 1000");
+        pod.checkpoint = Some(empty.path().to_owned());
+        let (stdio, _ends) = pod.stdio("init", false);
+        let container = pod.create(stdio).await.unwrap();
+        assert!(container.start(None).await.is_err());
         container.delete().await.unwrap();
         pod.assert_nothing_left();
     });

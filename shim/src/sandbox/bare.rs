@@ -26,6 +26,7 @@ impl Driver {
                     bundle: request.bundle,
                     rootfs: Vec::new(),
                     stdio: StdioUris::default(),
+                    checkpoint: None,
                 };
                 self.start_create(request, prepared, Origin::SandboxApi, reply);
             }
@@ -68,6 +69,7 @@ impl Driver {
             rootfs: Vec::new(),
             oci,
             stdio: Stdio::default(),
+            checkpoint: None,
         };
         let pod_dir = launch.pod_dir();
         // Of an earlier try.

@@ -116,6 +116,8 @@ pub struct Pod {
     pub is_sandbox: bool,
     /// Whom it waits for, as a migration's target.
     pub source: Option<String>,
+    /// What it goes on from.
+    pub checkpoint: Option<PathBuf>,
     /// Of the image; the root is an overlay where it is not this container's own.
     image: PathBuf,
 }
@@ -191,6 +193,7 @@ impl Pod {
             name: String::new(),
             is_sandbox: false,
             source: None,
+            checkpoint: None,
         }
     }
 
@@ -302,6 +305,7 @@ impl Pod {
         let oci: Spec = serde_json::from_value(config).unwrap();
         self.handler
             .create(ContainerSpec {
+                checkpoint: self.checkpoint.clone(),
                 id: self.id.clone(),
                 containerd_namespace: NAMESPACE.into(),
                 name: self.name.clone(),
