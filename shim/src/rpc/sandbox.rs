@@ -97,6 +97,15 @@ impl SandboxService {
         self.sandbox.kill(&id).await
     }
 
+    /// In a task of its own: a client that hangs up in the middle would else leave a server
+    /// without a pod, which nobody asks to end any more.
+    async fn close(&self) -> Result<()> {
+        let sandbox = self.sandbox.clone();
+        tokio::spawn(async move { sandbox.close().await })
+            .await
+            .unwrap_or_else(|panic| Err(Error::other("shut the pod down", panic)))
+    }
+
     /// What `crictl inspectp` prints: under `info`, which has containerd's own form, the pid
     /// as with a pause container; under `dyad` what else we know. Other clients look for
     /// `pid` and `state`.
@@ -228,7 +237,7 @@ impl Service for SandboxService {
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
         // Also of one that could not be created: containerd then asks the same.
         let what = format!("shutdown of sandbox {}", request.sandbox_id);
-        answer(&what, self.sandbox.close().await)?;
+        answer(&what, self.close().await)?;
         Ok(ShutdownSandboxResponse::default())
     }
 
