@@ -210,6 +210,16 @@ TOML
     for handler in dyad dyad-vm; do
         dyad_table "$table" "$handler" "$dir/etc/$handler.toml"
     done
+    cat <<TOML
+
+# Dyad in the place of containerd's own shim, with that one's options. It reads /etc/dyad/config.toml, if there is one.
+[$table.dyad-runc]
+  runtime_type = "io.containerd.runc.v2"
+  runtime_path = "$dir/bin/containerd-shim-dyad-v2"
+  [$table.dyad-runc.options]
+    BinaryName = "$dir/bin/runc"
+    Root = "$dir/runc"
+TOML
 }
 
 # The same two kinds without a pause container: containerd asks the shim for the pod itself.

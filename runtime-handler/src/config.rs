@@ -64,9 +64,24 @@ pub struct ContainerConfig {
     /// The OCI runtime's binary; unset: the first of crun, runc on `PATH` whose
     /// `features` say that it can run this host's specs.
     pub runtime: Option<PathBuf>,
+    /// Where the OCI runtime keeps its state, below it in a folder per containerd namespace
+    /// (`runc --root`); unset: below the state directory, in a folder per pod.
+    pub root: Option<PathBuf>,
+    /// Have systemd make all cgroups; unset: those whose path is one of systemd's.
+    pub systemd_cgroup: bool,
+    /// Do without pivot_root(2), for a root file system in memory (`runc --no-pivot`).
+    pub no_pivot_root: bool,
+    /// Stay in the session keyring of the shim (`runc --no-new-keyring`).
+    pub no_new_keyring: bool,
+    /// Owner of the pipes that are stdio; 0 with [`Self::io_gid`] 0: the process's own user.
+    pub io_uid: u32,
+    /// See [`Self::io_uid`].
+    pub io_gid: u32,
     /// CRIU's binary, named `criu`, which checkpoints and restores a pod that migrates;
     /// unset: `criu` on `PATH`.
     pub criu: Option<PathBuf>,
+    /// Where CRIU keeps its log of a checkpoint or a restore; unset: in the bundle.
+    pub criu_work: Option<PathBuf>,
     /// Where a pod that waits for its migration source listens on the network:
     /// `tls://ADDRESS:PORT`, or `tcp://ADDRESS:PORT` with [`Self::migration_clear`]; port
     /// 0: a free one. Unset: only on its unix socket.

@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 use crate::config::Kind;
 use crate::error::{Error, Result};
 use crate::migration::Migration;
-use crate::spec::{ContainerSpec, ExecSpec, Resources, Role};
+use crate::spec::{Checkpoint, ContainerSpec, ExecSpec, Resources, Role};
 use crate::stats::Stats;
 
 /// Names a process: a container's init, or an exec in it.
@@ -297,6 +297,16 @@ pub trait Instance: Send + Sync {
     /// # Errors
     /// `InvalidArgument` for a size that cannot be reached, naming the bounds.
     async fn update(&self, resources: &Resources) -> Result<()>;
+
+    /// Writes it down, for [`ContainerSpec::checkpoint`] of another.
+    ///
+    /// # Errors
+    /// `Unimplemented`: this kind cannot; what cannot be written down, by name.
+    async fn checkpoint(&self, _to: &Checkpoint) -> Result<()> {
+        Err(Error::Unimplemented(
+            "checkpoint: only containers of kind container can be checkpointed, by CRIU; processes in a machine are its guest's, and move with it (dyadctl migrate)".into(),
+        ))
+    }
 
     /// Drains output (bounded), then removes everything that `create` made.
     /// Idempotent.

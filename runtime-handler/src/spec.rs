@@ -76,6 +76,31 @@ pub struct ContainerSpec {
     pub oci: Spec,
     /// The init process's stdio.
     pub stdio: Stdio,
+    /// It goes on from what [`Checkpoint::images`] was of another, when it is started.
+    pub checkpoint: Option<PathBuf>,
+}
+
+/// How a container is written down.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Checkpoint {
+    /// The folder for it, which belongs to the caller.
+    pub images: PathBuf,
+    /// The folder for logs; `None`: the backend's choice.
+    pub work: Option<PathBuf>,
+    /// The container ends; else it runs on.
+    pub exit: bool,
+    /// With its open TCP connections.
+    pub tcp_established: bool,
+    /// With UNIX sockets whose other end is outside.
+    pub external_unix_sockets: bool,
+    /// With a terminal.
+    pub terminal: bool,
+    /// With its file locks.
+    pub file_locks: bool,
+    /// Namespaces that are to be empty in what is restored (`network`).
+    pub empty_namespaces: Vec<String>,
+    /// CRIU's `--manage-cgroups`; empty: cgroups are left to whoever restores.
+    pub cgroups_mode: String,
 }
 
 /// A further process in a container.

@@ -349,6 +349,14 @@ fn encode(event: &TaskEvent) -> protobuf::Result<(&'static str, Any)> {
                 ..Default::default()
             },
         ),
+        TaskEvent::Checkpointed { container, images } => any(
+            topics::TASK_CHECKPOINTED_EVENT_TOPIC,
+            &proto::TaskCheckpointed {
+                container_id: id(container),
+                checkpoint: images.display().to_string(),
+                ..Default::default()
+            },
+        ),
         TaskEvent::Transition(transition) => Ok((
             TRANSITION_TOPIC,
             Any {

@@ -22,6 +22,7 @@ mod fence;
 mod logger;
 pub mod migration;
 mod peers;
+mod plain_pod;
 mod pod_files;
 mod pod_spec;
 mod rpc;

@@ -13,7 +13,8 @@ use dyad_runtime_handler::error::{Context as _, Error};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
 
-use crate::pod_spec::{Dns, PodConfig};
+use crate::plain_pod;
+use crate::pod_spec::{Client, Dns, PodConfig};
 
 /// The machine kind knows such files by this name (`volumes/plan.rs`).
 const FOLDER: &str = "pod-files";
@@ -25,6 +26,8 @@ const SHM_OPTIONS: &str = "mode=1777,size=65536k";
 pub struct PodFiles {
     dir: PathBuf,
     own_ipc: bool,
+    client: Client,
+    own_network: bool,
 }
 
 impl PodFiles {
@@ -64,12 +67,33 @@ impl PodFiles {
             )
             .context(|| format!("mount {}", shm.display()))?;
         }
-        Ok(Self { dir, own_ipc })
+        Ok(Self {
+            dir,
+            own_ipc,
+            client: pod.client,
+            own_network: !pod.shares.network,
+        })
+    }
+
+    /// Who made the pod.
+    pub fn client(&self) -> Client {
+        self.client
+    }
+
+    /// Has a container share what the pod has in common; `pid` is the pod's. CRI names the
+    /// pod's namespaces itself. Returns whether the spec has changed.
+    pub fn share_with(&self, spec: &mut Spec, pid: u32) -> bool {
+        if self.client == Client::Cri {
+            return self.mount_into(spec, self.own_ipc);
+        }
+        let shares_ipc = plain_pod::join(spec, pid, self.own_network);
+        self.mount_into(spec, shares_ipc);
+        true
     }
 
     /// Mounts them into a container, but nothing over what it mounts there itself.
     /// Returns whether the spec has changed.
-    pub fn mount_into(&self, spec: &mut Spec) -> bool {
+    fn mount_into(&self, spec: &mut Spec, shares_ipc: bool) -> bool {
         let read_only = spec
             .root()
             .as_ref()
@@ -91,7 +115,7 @@ impl PodFiles {
                 ));
             }
         }
-        if self.own_ipc {
+        if shares_ipc {
             let target = "/dev/shm";
             // A container's own one would not be shared with the pod's others.
             mounts
@@ -172,6 +196,8 @@ mod tests {
         PodFiles {
             dir: "/pod/pod-files".into(),
             own_ipc: true,
+            client: Client::Cri,
+            own_network: true,
         }
     }
 
@@ -198,7 +224,7 @@ mod tests {
                 {"destination":"/dev/shm","type":"tmpfs","source":"shm"},
                 {"destination":"/etc/hosts","type":"bind","source":"/kubelet/etc-hosts"}]}"#,
         );
-        assert!(files().mount_into(&mut spec));
+        assert!(files().share_with(&mut spec, 7));
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
         assert_eq!(
             sources(&spec),
@@ -209,7 +235,7 @@ mod tests {
                 pair("/dev/shm", "/pod/pod-files/shm"),
             ]
         );
-        assert!(!files().mount_into(&mut spec), "nothing is missing now");
+        assert!(!files().share_with(&mut spec, 7), "nothing is missing now");
     }
 
     #[test]
@@ -218,7 +244,7 @@ mod tests {
             r#"{"ociVersion":"1.0.2","root":{"path":"rootfs","readonly":true},"mounts":[
                 {"destination":"/dev/shm","type":"bind","source":"/dev/shm"}]}"#,
         );
-        files().mount_into(&mut spec);
+        files().share_with(&mut spec, 7);
         assert!(sources(&spec).contains(&("/dev/shm".into(), "/dev/shm".into())));
         let mounts = spec.mounts().as_ref().unwrap();
         let hosts = mounts
@@ -232,6 +258,28 @@ mod tests {
                 .flatten()
                 .any(|option| option == "ro")
         );
+    }
+
+    #[test]
+    fn shared_memory_goes_with_the_ipc_namespace_where_the_client_is_not_cri() {
+        let plain = PodFiles {
+            client: Client::Other,
+            ..files()
+        };
+        for (namespace, source) in [
+            (
+                r#"{"type":"ipc","path":"/proc/1/ns/ipc"}"#,
+                "/pod/pod-files/shm",
+            ),
+            (r#"{"type":"ipc"}"#, "shm"),
+        ] {
+            let mut spec = spec(&format!(
+                r#"{{"ociVersion":"1.0.2","linux":{{"namespaces":[{namespace}]}},
+                    "mounts":[{{"destination":"/dev/shm","type":"tmpfs","source":"shm"}}]}}"#
+            ));
+            assert!(plain.share_with(&mut spec, 7));
+            assert!(sources(&spec).contains(&("/dev/shm".into(), source.into())));
+        }
     }
 
     #[test]

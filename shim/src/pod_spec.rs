@@ -1,5 +1,5 @@
-//! A pod without a pause container: what CRI says of it, and the OCI spec that says the
-//! same to a backend. Pure.
+//! A pod without a pause container: what its client says of it (CRI, or see
+//! [`crate::plain_pod`]), and the OCI spec that says the same to a backend. Pure.
 //!
 //! With a pause container containerd writes that spec itself; with `sandboxer = "shim"` it
 //! hands over the pod's own configuration. The spec made here has no process: what holds
@@ -20,9 +20,11 @@ use crate::spec::{
 /// Of the pod's annotations only ours matter to a backend.
 const OWN_PREFIX: &str = "dyad.dev/";
 
-/// A pod as CRI configures it.
+/// A pod as its client configures it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PodConfig {
+    /// Whose it is.
+    pub client: Client,
     /// Its name, namespace and uid in Kubernetes.
     pub name: String,
     /// See `name`.
@@ -41,7 +43,8 @@ pub struct PodConfig {
     pub shares: HostNamespaces,
     /// It asks for a user namespace of its own.
     pub user_namespace: bool,
-    /// The pod's network namespace; `None` with the host's.
+    /// The pod's network namespace; `None` with the host's. A pod of another client than CRI
+    /// that has neither gets a new and empty one.
     pub netns: Option<PathBuf>,
     /// Kernel parameters of its namespaces.
     pub sysctls: BTreeMap<String, String>,
@@ -49,10 +52,20 @@ pub struct PodConfig {
     pub size: Option<PodSize>,
 }
 
+/// Who makes a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Client {
+    /// Kubernetes; it says of each container whose it is.
+    #[default]
+    Cri,
+    /// Another one, which does not.
+    Other,
+}
+
 /// Namespaces of the host that a pod is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct HostNamespaces {
-    /// hostNetwork, and with it the host's name.
+    /// hostNetwork, and in Kubernetes with it the host's name.
     pub network: bool,
     /// hostPID.
     pub pid: bool,
@@ -85,7 +98,7 @@ pub struct PodSize {
 }
 
 /// The spec of the sandbox `id`, with the annotations that CRI would put on a pause
-/// container.
+/// container of its own.
 ///
 /// # Errors
 /// `InvalidArgument` for a pod on a network of its own that has none, and for a value that
@@ -95,7 +108,6 @@ pub fn spec(id: &str, pod: &PodConfig) -> Result<Spec> {
     match (&pod.netns, pod.shares.network) {
         (Some(path), false) => {
             namespaces.push(json!({"type": "network", "path": path}));
-            namespaces.push(json!({"type": "uts"}));
         }
         (None, true) => {}
         (Some(path), true) => {
@@ -104,11 +116,18 @@ pub fn spec(id: &str, pod: &PodConfig) -> Result<Spec> {
                 path.display()
             )));
         }
+        (None, false) if pod.client == Client::Other => {
+            namespaces.push(json!({"type": "network"}));
+        }
         (None, false) => {
             return Err(Error::InvalidArgument(
                 "netns_path: empty for a pod with a network of its own (namespace_options.network: POD): containerd makes that namespace".into(),
             ));
         }
+    }
+    let own_name = !pod.shares.network || pod.client == Client::Other;
+    if own_name {
+        namespaces.push(json!({"type": "uts"}));
     }
     if !pod.shares.pid {
         namespaces.push(json!({"type": "pid"}));
@@ -131,7 +150,7 @@ pub fn spec(id: &str, pod: &PodConfig) -> Result<Spec> {
         "annotations": annotations(id, pod),
         "linux": linux,
     });
-    if !pod.hostname.is_empty() && !pod.shares.network {
+    if !pod.hostname.is_empty() && own_name {
         spec["hostname"] = json!(pod.hostname);
     }
     // By its text, which the shim can read anyway: reading a Value is 0.2 MB of code.
@@ -147,11 +166,13 @@ fn annotations(id: &str, pod: &PodConfig) -> BTreeMap<String, String> {
         .map(|(name, value)| (name.clone(), value.clone()))
         .collect();
     let mut set = |name: &str, value: &str| all.insert(name.to_owned(), value.to_owned());
-    set(CONTAINER_TYPE, "sandbox");
-    set(SANDBOX_ID, id);
-    set(SANDBOX_NAME, &pod.name);
-    set(SANDBOX_NAMESPACE, &pod.namespace);
-    set(SANDBOX_UID, &pod.uid);
+    if pod.client == Client::Cri {
+        set(CONTAINER_TYPE, "sandbox");
+        set(SANDBOX_ID, id);
+        set(SANDBOX_NAME, &pod.name);
+        set(SANDBOX_NAMESPACE, &pod.namespace);
+        set(SANDBOX_UID, &pod.uid);
+    }
     if let Some(size) = &pod.size {
         for (name, value) in [
             ("cpu-period", size.cpu_period),
@@ -250,6 +271,26 @@ mod tests {
             let error = spec("s1", &pod).unwrap_err().to_string();
             assert!(error.starts_with("netns_path: "), "{error}");
         }
+    }
+
+    #[test]
+    fn a_pod_of_another_client_is_not_taken_for_kubernetes_own() {
+        let plain = PodConfig {
+            client: Client::Other,
+            netns: None,
+            ..PodConfig::default()
+        };
+        let made = spec("s1", &plain).unwrap();
+        assert!(namespaces(&made).contains(&(Type::Network, None)));
+        assert!(made.annotations().as_ref().unwrap().is_empty());
+        let mut on_host = plain.clone();
+        on_host.shares.network = true;
+        let namespaces = namespaces(&spec("s1", &on_host).unwrap());
+        assert!(!namespaces.iter().any(|(kind, _)| *kind == Type::Network));
+        assert!(
+            namespaces.contains(&(Type::Uts, None)),
+            "a name of its own, so that nobody renames the host"
+        );
     }
 
     #[test]

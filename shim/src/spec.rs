@@ -124,6 +124,18 @@ impl Identity {
     }
 }
 
+impl Identity {
+    /// The same as a container of the pod `sandbox_id`, where its client made that pod
+    /// through the Sandbox API and says nowhere whose a container is.
+    pub fn member_of(self, sandbox_id: &str) -> Self {
+        Self {
+            sandbox_id: sandbox_id.to_owned(),
+            role: Role::Container,
+            ..self
+        }
+    }
+}
+
 /// The pod of a container, with those of its annotations that `config` allows.
 ///
 /// # Errors

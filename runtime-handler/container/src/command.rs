@@ -7,6 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use dyad_runtime_handler::Error;
+use dyad_runtime_handler::spec::Checkpoint;
 use serde::Deserialize;
 
 /// What stands before the command.
@@ -28,6 +29,8 @@ pub(crate) enum Command<'a> {
         bundle: &'a Path,
         pid_file: &'a Path,
         console_socket: Option<&'a Path>,
+        no_pivot: bool,
+        no_new_keyring: bool,
     },
     Start {
         id: &'a str,
@@ -66,6 +69,13 @@ pub(crate) enum Command<'a> {
         tcp_established: bool,
         criu: Criu<'a>,
     },
+    /// Writes it down as a client wants it.
+    Save {
+        id: &'a str,
+        work: &'a Path,
+        to: &'a Checkpoint,
+        criu: Criu<'a>,
+    },
     /// Makes it from `images`, running.
     Restore {
         id: &'a str,
@@ -99,7 +109,7 @@ impl Command<'_> {
             Self::Resume { .. } => "resume",
             Self::Update { .. } => "update",
             Self::Delete { .. } => "delete",
-            Self::Checkpoint { .. } => "checkpoint",
+            Self::Checkpoint { .. } | Self::Save { .. } => "checkpoint",
             Self::Restore { .. } => "restore",
         }
     }
@@ -120,11 +130,19 @@ impl Command<'_> {
                 bundle,
                 pid_file,
                 console_socket,
+                no_pivot,
+                no_new_keyring,
             } => {
                 argv.option("--bundle", bundle)
                     .option("--pid-file", pid_file);
                 if let Some(socket) = console_socket {
                     argv.option("--console-socket", socket);
+                }
+                if *no_pivot {
+                    argv.word("--no-pivot");
+                }
+                if *no_new_keyring {
+                    argv.word("--no-new-keyring");
                 }
                 argv.word(id);
             }
@@ -175,6 +193,34 @@ impl Command<'_> {
                 });
                 argv.checkpoint_options(*tcp_established).word(id);
             }
+            Self::Save {
+                id,
+                work,
+                to,
+                criu: _,
+            } => {
+                argv.option("--image-path", &to.images)
+                    .option("--work-path", work);
+                for (wanted, word) in [
+                    (!to.exit, "--leave-running"),
+                    (to.tcp_established, "--tcp-established"),
+                    (to.external_unix_sockets, "--ext-unix-sk"),
+                    (to.terminal, "--shell-job"),
+                    (to.file_locks, "--file-locks"),
+                ] {
+                    if wanted {
+                        argv.word(word);
+                    }
+                }
+                for namespace in &to.empty_namespaces {
+                    argv.option("--empty-ns", namespace);
+                }
+                let mode = match to.cgroups_mode.as_str() {
+                    "" => "ignore",
+                    mode => mode,
+                };
+                argv.option("--manage-cgroups-mode", mode).word(id);
+            }
             Self::Restore {
                 id,
                 bundle,
@@ -200,7 +246,9 @@ impl Command<'_> {
     /// Variables for the runtime's process, beside those it inherits; `path` is the
     /// `PATH` that it would inherit.
     pub(crate) fn env(&self, path: Option<&OsStr>) -> Vec<(&'static str, OsString)> {
-        let (Self::Checkpoint { criu, .. } | Self::Restore { criu, .. }) = self else {
+        let (Self::Checkpoint { criu, .. } | Self::Save { criu, .. } | Self::Restore { criu, .. }) =
+            self
+        else {
             return Vec::new();
         };
         let mut search = criu.dir.as_os_str().to_owned();
@@ -312,6 +360,8 @@ mod tests {
                     bundle,
                     pid_file,
                     console_socket: None,
+                    no_pivot: false,
+                    no_new_keyring: false,
                 },
                 "create --bundle /b --pid-file /b/init.pid web",
             ),
@@ -321,8 +371,10 @@ mod tests {
                     bundle,
                     pid_file,
                     console_socket: socket,
+                    no_pivot: true,
+                    no_new_keyring: true,
                 },
-                "create --bundle /b --pid-file /b/init.pid --console-socket /s web",
+                "create --bundle /b --pid-file /b/init.pid --console-socket /s --no-pivot --no-new-keyring web",
             ),
             (Command::Start { id }, "start web"),
             (
@@ -391,6 +443,35 @@ mod tests {
                 format!("{global} --systemd-cgroup {expected}")
             );
         }
+    }
+
+    #[test]
+    fn a_clients_checkpoint_has_the_options_that_it_asks_for() {
+        let line = |to: &Checkpoint| {
+            let work = Path::new("/w");
+            let (id, criu) = ("web", criu());
+            line(Command::Save { id, work, to, criu }, false)
+        };
+        let plain = Checkpoint {
+            images: "/i".into(),
+            ..Checkpoint::default()
+        };
+        assert!(line(&plain).ends_with(
+            "checkpoint --image-path /i --work-path /w --leave-running --manage-cgroups-mode ignore web"
+        ));
+        let all = Checkpoint {
+            exit: true,
+            tcp_established: true,
+            external_unix_sockets: true,
+            terminal: true,
+            file_locks: true,
+            empty_namespaces: vec!["network".into()],
+            cgroups_mode: "soft".into(),
+            ..plain
+        };
+        assert!(line(&all).ends_with(
+            "--work-path /w --tcp-established --ext-unix-sk --shell-job --file-locks --empty-ns network --manage-cgroups-mode soft web"
+        ));
     }
 
     fn criu() -> Criu<'static> {

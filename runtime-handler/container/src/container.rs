@@ -6,13 +6,14 @@
 //!                +------------------+-----------------+--delete--> gone
 //!
 //!  create of a pod that waits --> Incoming --arrive--> Started
+//!  create from a checkpoint   --> (no process) --start--> Started
 //! ```
 //! The driver orders the calls that change a container; reads and execs run beside
 //! them. The locks here are held only to look or to note, never while waiting.
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,9 +21,13 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use dyad_linux::cgroup::{Cgroup, Hierarchies, OomWatch};
 use dyad_linux::pump::{Ends, Pump, Unread};
+use dyad_linux::reaper::Reaper;
+use dyad_runtime_handler::config::ContainerConfig;
 use dyad_runtime_handler::error::{Context, Error, Result};
 use dyad_runtime_handler::handler::{EventSender, Instance, ProcessId};
-use dyad_runtime_handler::spec::{ContainerSpec, ExecSpec, Resources, RootMount, Stdio};
+use dyad_runtime_handler::spec::{
+    Checkpoint, ContainerSpec, ExecSpec, Resources, RootMount, Stdio,
+};
 use dyad_runtime_handler::stats::Stats;
 use oci_spec::runtime::Process as OciProcess;
 
@@ -50,7 +55,10 @@ pub(crate) struct Container {
     init: Mutex<Option<Init>>,
     /// Mounted and with its stdio, but without a process until one arrives.
     incoming: Mutex<Option<Stdio>>,
-    /// So, and it has ended while it was waiting.
+    /// The same, and what it goes on from when it is started.
+    restoring: Mutex<Option<(Stdio, PathBuf)>>,
+    config: Arc<ContainerConfig>,
+    /// It was incoming, and has ended while it was waiting.
     withdrawn: AtomicBool,
     execs: Mutex<HashMap<String, Exec>>,
 }
@@ -105,17 +113,18 @@ impl Container {
         runtime: Runtime,
         hierarchies: Arc<Hierarchies>,
         events: EventSender,
-        incoming: bool,
+        (config, incoming): (Arc<ContainerConfig>, bool),
     ) -> Result<Self> {
-        let facts = Facts::new(&spec);
+        let facts = Facts::new(&spec, &config);
         let ContainerSpec {
             bundle,
             name,
             rootfs: mounts,
             stdio,
+            checkpoint,
             ..
         } = spec;
-        runtime.prepare()?;
+        runtime.prepare(&facts.id)?;
         let container = Self {
             facts,
             about: About {
@@ -133,6 +142,8 @@ impl Container {
             events,
             init: Mutex::new(None),
             incoming: Mutex::new(None),
+            restoring: Mutex::new(None),
+            config,
             withdrawn: AtomicBool::new(false),
             execs: Mutex::default(),
         };
@@ -140,6 +151,10 @@ impl Container {
         rootfs::mount_all(&mounts, &target)?;
         if incoming {
             *lock(&container.incoming) = Some(stdio);
+            return Ok(container);
+        }
+        if let Some(images) = checkpoint {
+            *lock(&container.restoring) = Some((stdio, images));
             return Ok(container);
         }
         match container.make_init(stdio).await {
@@ -159,7 +174,7 @@ impl Container {
         {
             log::warn!("{}: {}", self.facts.id, error.chain());
         }
-        self.runtime.finish();
+        self.runtime.finish(&self.facts.id);
         if !mounts.is_empty()
             && let Err(error) = rootfs::unmount_all(&self.facts.bundle.join("rootfs"))
         {
@@ -211,6 +226,25 @@ impl Container {
         let stdio = lock(&self.incoming).take().ok_or_else(|| {
             Error::FailedPrecondition(format!("container {} waits for nothing", self.facts.id))
         })?;
+        let restored = self.restored(stdio, images).await;
+        let init = match restored {
+            Ok(init) => init,
+            Err(error) => {
+                // Nothing came, and it is to be deleted as one to which nothing came.
+                *lock(&self.incoming) = Some(Stdio::default());
+                return Err(error);
+            }
+        };
+        let pid = init.process.pid;
+        *lock(&self.init) = Some(init);
+        Ok(pid)
+    }
+
+    /// Has the OCI runtime make the process from images. Its end is held back.
+    ///
+    /// # Errors
+    /// What the runtime says; nothing is left of it then.
+    pub(crate) async fn restored(&self, stdio: Stdio, images: &Images<'_>) -> Result<Init> {
         let facts = &self.facts;
         let pid_file = ShortLived(facts.bundle.join(self.runtime.unique("pid")));
         let (pump, ends) =
@@ -240,21 +274,15 @@ impl Container {
                 &pid_file.0,
             )
             .await;
-        let made = match made {
-            Ok(made) => made,
+        match made {
+            Ok(made) => Ok(self.init_of(made, pump, Gate::Held, true)),
             Err(error) => {
-                // Nothing came, and it is to be deleted as one to which nothing came.
-                *lock(&self.incoming) = Some(Stdio::default());
                 if let Err(error) = self.delete_state().await {
                     log::warn!("{}: {}", facts.id, error.chain());
                 }
-                return Err(error);
+                Err(error)
             }
-        };
-        let pid = made.pid;
-        let init = self.init_of(made, pump, Gate::Held, true);
-        *lock(&self.init) = Some(init);
-        Ok(pid)
+        }
     }
 
     /// The arrived process belongs to the pod now, and its end is told.
@@ -298,6 +326,14 @@ impl Container {
         &self.facts.id
     }
 
+    pub(crate) fn config(&self) -> &ContainerConfig {
+        &self.config
+    }
+
+    pub(crate) fn reaper(&self) -> &Arc<Reaper> {
+        self.runtime.reaper()
+    }
+
     pub(crate) fn bundle(&self) -> &Path {
         &self.facts.bundle
     }
@@ -337,7 +373,11 @@ impl Container {
     ) -> Result<(Made, Pump)> {
         let facts = &self.facts;
         let bundle = &facts.bundle;
-        let pid_file = ShortLived(bundle.join(self.runtime.unique("pid")));
+        let pid_file = ShortLived(match exec {
+            // Where containerd's own shim has it: wrappers of the OCI runtime look there.
+            None => bundle.join("init.pid"),
+            Some(_) => bundle.join(self.runtime.unique("pid")),
+        });
         let process_file = ShortLived(bundle.join(self.runtime.unique("process")));
         if let Some(process) = exec {
             let text = serde_json::to_vec(process).context(|| "write the OCI process".into())?;
@@ -358,6 +398,8 @@ impl Container {
                 bundle,
                 pid_file: &pid_file.0,
                 console_socket,
+                no_pivot: facts.no_pivot,
+                no_new_keyring: facts.no_new_keyring,
             },
             Some(_) => Command::Exec {
                 id: &facts.id,
@@ -442,6 +484,12 @@ impl Container {
         tokio::task::spawn_blocking(move || rootfs::unmount_all(&target))
             .await
             .unwrap_or_else(|panic| Err(Error::other("unmount the root file system", panic)))
+    }
+
+    /// Removes what was kept beside the OCI runtime's state.
+    fn forget(&self) {
+        self.runtime.finish(&self.facts.id);
+        self.remove_own_work_folder();
     }
 
     fn not_found(&self) -> Error {
@@ -548,6 +596,20 @@ impl Instance for Container {
         if self.is_incoming() {
             return Ok(std::process::id());
         }
+        let restoring = lock(&self.restoring).take();
+        if let Some((stdio, images)) = restoring {
+            let init = match self.restore_from(stdio, &images).await {
+                Ok(init) => init,
+                Err(error) => {
+                    // It is to be deleted as one that was never started.
+                    *lock(&self.restoring) = Some((Stdio::default(), images));
+                    return Err(error);
+                }
+            };
+            *lock(&self.init) = Some(init.clone());
+            init.process.set_gate(Gate::Open);
+            return Ok(init.process.pid);
+        }
         let mut init = self.init()?;
         if init.started {
             if init.process.exit().is_none() {
@@ -581,7 +643,8 @@ impl Instance for Container {
             return process.signal(signal);
         }
         let init = self.init()?;
-        if process.exit().is_some() {
+        // Somebody may have deleted it past us, and its process with it.
+        if process.exit().is_some() || !self.runtime.knows(&self.facts.id) {
             return Err(process.not_found());
         }
         match &init.cgroup {
@@ -679,7 +742,7 @@ impl Instance for Container {
             }
         };
         let user = added.process.user();
-        let owner = self.facts.ids.on_host(user.uid(), user.gid());
+        let owner = self.facts.owner_of(user.uid(), user.gid());
         let made = self.make(added.stdio, owner, Some(&added.process)).await;
         let (made, pump) = match made {
             Ok(made) => made,
@@ -782,10 +845,16 @@ impl Instance for Container {
             .await
     }
 
+    async fn checkpoint(&self, to: &Checkpoint) -> Result<()> {
+        self.save(to).await
+    }
+
     async fn delete(&self) -> Result<()> {
-        if lock(&self.incoming).take().is_some() {
+        let never_ran =
+            lock(&self.incoming).take().is_some() || lock(&self.restoring).take().is_some();
+        if never_ran {
             self.unmount().await?;
-            self.runtime.finish();
+            self.forget();
             return Ok(());
         }
         let Some(init) = lock(&self.init).clone() else {
@@ -802,7 +871,7 @@ impl Instance for Container {
             let (deleted, unmounted) = tokio::join!(self.delete_state(), self.unmount());
             deleted.and(unmounted)?;
         }
-        self.runtime.finish();
+        self.forget();
         *lock(&self.init) = None;
         lock(&self.execs).clear();
         Ok(())

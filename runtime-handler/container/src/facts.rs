@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use dyad_linux::cgroup::is_systemd;
+use dyad_runtime_handler::config::ContainerConfig;
 use dyad_runtime_handler::spec::ContainerSpec;
 use oci_spec::runtime::{Hook, LinuxIdMapping, LinuxNamespaceType, Process as OciProcess, Spec};
 
@@ -23,22 +24,28 @@ pub(crate) struct Facts {
     pub stop_signal: i32,
     /// Owner of init's stdio on the host.
     pub owner: (u32, u32),
-    pub ids: IdMaps,
+    /// The same of any process's, where the configuration names one.
+    pub io_owner: Option<(u32, u32)>,
+    pub no_pivot: bool,
+    pub no_new_keyring: bool,
+    ids: IdMaps,
 }
 
 #[derive(Debug, Default)]
-pub(crate) struct IdMaps {
+struct IdMaps {
     uids: Vec<LinuxIdMapping>,
     gids: Vec<LinuxIdMapping>,
 }
 
 impl Facts {
-    pub(crate) fn new(spec: &ContainerSpec) -> Self {
+    pub(crate) fn new(spec: &ContainerSpec, config: &ContainerConfig) -> Self {
         let oci = &spec.oci;
         let linux = oci.linux().as_ref();
         let ids = IdMaps::new(oci);
         let user = oci.process().as_ref().map(OciProcess::user);
-        let owner = user.map_or((0, 0), |user| ids.on_host(user.uid(), user.gid()));
+        let io_owner = Some((config.io_uid, config.io_gid)).filter(|owner| *owner != (0, 0));
+        let own = user.map_or((0, 0), |user| ids.on_host(user.uid(), user.gid()));
+        let owner = io_owner.unwrap_or(own);
         let cgroups_path = linux
             .and_then(|linux| linux.cgroups_path().as_ref())
             .map(|path| path.to_string_lossy().into_owned());
@@ -61,15 +68,26 @@ impl Facts {
         Self {
             id: spec.id.clone(),
             bundle: spec.bundle.clone(),
-            systemd_cgroup: cgroups_path.as_deref().is_some_and(is_systemd),
+            systemd_cgroup: config.systemd_cgroup
+                || cgroups_path.as_deref().is_some_and(is_systemd),
             cgroups_path,
             own_pid_namespace,
             has_start_hooks,
             has_stop_hooks,
             stop_signal,
             owner,
+            io_owner,
+            no_pivot: config.no_pivot_root,
+            no_new_keyring: config.no_new_keyring,
             ids,
         }
+    }
+}
+
+impl Facts {
+    /// Owner on the host of the stdio of a process of that user.
+    pub(crate) fn owner_of(&self, uid: u32, gid: u32) -> (u32, u32) {
+        self.io_owner.unwrap_or_else(|| self.ids.on_host(uid, gid))
     }
 }
 
@@ -87,7 +105,7 @@ impl IdMaps {
     }
 
     /// The ids on the host of a user in the container.
-    pub(crate) fn on_host(&self, uid: u32, gid: u32) -> (u32, u32) {
+    fn on_host(&self, uid: u32, gid: u32) -> (u32, u32) {
         (map_id(&self.uids, uid), map_id(&self.gids, gid))
     }
 }

@@ -22,14 +22,14 @@ use crate::hold::{self, Holder};
 use crate::left::{self, Left};
 use crate::migration::{self, Criu, Job};
 use crate::rootfs;
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, StateDirs};
 
 /// What runs containers of a spec whose version nobody knows any more.
 const OLDEST_SPEC: &str = "1.0.0";
 
 /// The container kind.
 pub struct Containers {
-    pub(crate) config: ContainerConfig,
+    pub(crate) config: Arc<ContainerConfig>,
     pub(crate) folders: Folders,
     pub(crate) reaper: Arc<Reaper>,
     events: EventSender,
@@ -53,7 +53,8 @@ pub struct Containers {
 /// Where a handler keeps what.
 #[derive(Debug, Clone)]
 pub struct Folders {
-    /// The OCI runtime's state, below it in `<containerd namespace>/<sandbox id>`.
+    /// The OCI runtime's state, below it in `<containerd namespace>/<sandbox id>`, unless
+    /// the configuration names another place.
     pub oci_root: PathBuf,
     /// Memory and files of a pod on its way: a real disk, or it costs memory.
     pub checkpoints: PathBuf,
@@ -83,7 +84,7 @@ impl Containers {
         events: EventSender,
     ) -> Arc<dyn RuntimeHandler> {
         Arc::new(Self {
-            config,
+            config: Arc::new(config),
             folders,
             reaper,
             events,
@@ -107,18 +108,21 @@ impl Containers {
         Ok(self.hierarchies.get_or_init(|| found))
     }
 
-    /// The OCI runtime's state of a pod, which so is known whole when its shim is dead.
-    fn pod_root(&self, containerd_namespace: &str, sandbox_id: &str) -> Result<PathBuf> {
+    /// The OCI runtime's state of a pod.
+    fn state_dirs(&self, containerd_namespace: &str, sandbox_id: &str) -> Result<StateDirs> {
         check_name("containerd namespace", containerd_namespace)?;
         check_name("sandbox id", sandbox_id)?;
-        Ok(self
-            .folders
-            .oci_root
-            .join(containerd_namespace)
-            .join(sandbox_id))
+        let pod = self.folders.oci_root.join(containerd_namespace);
+        let pod = pod.join(sandbox_id);
+        let root = match &self.config.root {
+            // As containerd's own shim does.
+            Some(root) => root.join(containerd_namespace),
+            None => pod.clone(),
+        };
+        Ok(StateDirs { root, pod })
     }
 
-    async fn runtime(&self, pod_root: PathBuf, spec_version: &str) -> Result<Runtime> {
+    async fn runtime(&self, state: StateDirs, spec_version: &str) -> Result<Runtime> {
         let need = Need::new(spec_version, self.hierarchies()?);
         // Beside the state of the namespaces, whose names are not ours.
         let cache = self.folders.oci_root.with_file_name("oci-runtime.json");
@@ -126,7 +130,7 @@ impl Containers {
         let binary = self.binary.get_or_try_init(choose).await?;
         Ok(Runtime::new(
             binary.clone(),
-            pod_root,
+            state,
             Arc::clone(&self.reaper),
         ))
     }
@@ -140,24 +144,25 @@ impl RuntimeHandler for Containers {
 
     async fn create(&self, spec: ContainerSpec) -> Result<Arc<dyn Instance>> {
         check_name("container id", &spec.id)?;
-        let root = self.pod_root(&spec.containerd_namespace, &spec.pod.sandbox_id)?;
+        let dirs = self.state_dirs(&spec.containerd_namespace, &spec.pod.sandbox_id)?;
         let is_sandbox = spec.role == Role::Sandbox;
         if is_sandbox {
             self.meet(&spec);
         }
         if is_sandbox && spec.oci.process().is_none() {
-            let state = root.join(&spec.id);
+            let state = dirs.pod.join(&spec.id);
             let hierarchies = self.hierarchies()?;
             let holder = Holder::create(&spec, hierarchies, &self.reaper, &self.events, state);
             let holder: Arc<dyn Instance> = Arc::new(holder.await?);
             self.note_sandbox(&spec.id, &holder);
             return Ok(holder);
         }
-        let runtime = self.runtime(root, spec.oci.version()).await?;
+        let runtime = self.runtime(dirs, spec.oci.version()).await?;
         let hierarchies = Arc::clone(self.hierarchies()?);
         let incoming = !is_sandbox && self.awaits_source();
         let events = self.events.clone();
-        let container = Container::create(spec, runtime, hierarchies, events, incoming).await?;
+        let how = (Arc::clone(&self.config), incoming);
+        let container = Container::create(spec, runtime, hierarchies, events, how).await?;
         let container = Arc::new(container);
         if is_sandbox {
             let sandbox: Arc<dyn Instance> = container.clone();
@@ -176,7 +181,7 @@ impl RuntimeHandler for Containers {
 
     async fn cleanup(&self, container: &ContainerRef) -> Result<()> {
         check_name("container id", &container.id)?;
-        let root = self.pod_root(&container.containerd_namespace, &container.sandbox_id)?;
+        let dirs = self.state_dirs(&container.containerd_namespace, &container.sandbox_id)?;
         let mut cleaned = Ok(());
         if container.role == Role::Sandbox {
             let identity =
@@ -185,20 +190,18 @@ impl RuntimeHandler for Containers {
             // With task API v3 nobody asks for the pod's other containers. containerd
             // keeps their bundles beside this one, if it still has them.
             let bundles = container.bundle.parent().unwrap_or(Path::new("/"));
-            for id in states_in(&root)
+            for id in states_in(&dirs.pod)
                 .into_iter()
                 .filter(|id| *id != container.id)
             {
                 // A pod without a pause container lies elsewhere; the OCI runtime knows.
-                let bundle = left::bundle(&root.join(&id)).unwrap_or_else(|| bundles.join(&id));
-                cleaned = cleaned.and(self.clean(&root, &id, &bundle).await);
+                let bundle =
+                    left::bundle(&dirs.root.join(&id)).unwrap_or_else(|| bundles.join(&id));
+                cleaned = cleaned.and(self.clean(&dirs, &id, &bundle).await);
             }
         }
-        let own = self.clean(&root, &container.id, &container.bundle);
-        let cleaned = cleaned.and(own.await);
-        // The last one closes the door; others of the pod may still be there.
-        let _ = fs::remove_dir(&root);
-        cleaned
+        let own = self.clean(&dirs, &container.id, &container.bundle);
+        cleaned.and(own.await)
     }
 }
 
@@ -247,20 +250,24 @@ fn states_in(root: &Path) -> Vec<String> {
 }
 
 impl Containers {
-    async fn clean(&self, root: &Path, id: &str, bundle: &Path) -> Result<()> {
-        let processes = self.clean_processes(root, id, bundle).await;
+    async fn clean(&self, dirs: &StateDirs, id: &str, bundle: &Path) -> Result<()> {
+        let processes = self.clean_processes(dirs, id, bundle).await;
+        if processes.is_ok() {
+            dirs.forget(id);
+        }
         processes.and(rootfs::unmount_all(&bundle.join("rootfs")))
     }
 
-    async fn clean_processes(&self, root: &Path, id: &str, bundle: &Path) -> Result<()> {
-        let state = root.join(id);
-        if let Some(cgroup) = hold::cgroup_left(&state) {
+    async fn clean_processes(&self, dirs: &StateDirs, id: &str, bundle: &Path) -> Result<()> {
+        let held = dirs.pod.join(id);
+        if let Some(cgroup) = hold::cgroup_left(&held) {
             // The holder itself ended with its shim.
             if let Some(cgroup) = cgroup {
                 cgroup.remove().await?;
             }
-            return fs::remove_dir_all(&state).context(|| format!("remove {}", state.display()));
+            return fs::remove_dir_all(&held).context(|| format!("remove {}", held.display()));
         }
+        let state = dirs.root.join(id);
         let left = Left::read(&state, bundle);
         let cgroup = match left.cgroup_dirs.and_then(Cgroup::of_dirs) {
             Some(cgroup) => Some(cgroup),
@@ -278,9 +285,10 @@ impl Containers {
             }
         }
         let version = left.version.as_deref().unwrap_or(OLDEST_SPEC);
-        let systemd = left.cgroups_path.as_deref().is_some_and(is_systemd);
+        let systemd =
+            self.config.systemd_cgroup || left.cgroups_path.as_deref().is_some_and(is_systemd);
         if state.exists() {
-            let runtime = self.runtime(root.to_owned(), version).await?;
+            let runtime = self.runtime(dirs.clone(), version).await?;
             // Not in the bundle: containerd may take that away at any moment.
             runtime.delete(id, systemd, &self.folders.oci_root).await?;
         }
@@ -291,14 +299,14 @@ impl Containers {
     }
 }
 
-/// Names become file names.
+/// Names become file names. What an OCI runtime refuses beside that, it refuses itself.
 pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-' | '+');
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-' | '+' | '#');
     if !name.is_empty() && name.chars().all(plain) && !name.chars().all(|c| c == '.') {
         return Ok(());
     }
     Err(Error::InvalidArgument(format!(
-        "{what} {name:?}: must be made of letters, digits, '_', '.', '-' and '+'"
+        "{what} {name:?}: must be made of letters, digits, '_', '.', '-', '+' and '#'"
     )))
 }
 
@@ -311,7 +319,7 @@ mod tests {
         for name in ["", ".", "..", "a/b", "../x", "a b", "ü", "a\0"] {
             assert!(check_name("container id", name).is_err(), "{name:?}");
         }
-        for name in ["a", "a.b", "k8s.io", "a-b_c+1", "..."] {
+        for name in ["a", "a.b", "k8s.io", "a-b_c+1", "a#01", "..."] {
             assert_eq!(check_name("x", name).is_ok(), name != "...", "{name:?}");
         }
     }

@@ -14,6 +14,7 @@
 //! Whatever the kernel does as well without the OCI runtime's process being started
 //! for it (signals, pids, stats, OOM events), is done directly.
 
+mod checkpoint;
 mod choose;
 mod command;
 mod console;

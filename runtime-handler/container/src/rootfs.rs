@@ -1,7 +1,11 @@
 //! The container's root file system: the snapshotter's mounts, put on the bundle.
 
+mod formatted;
+mod loops;
+
 use std::fs;
 use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, chown};
 use std::path::{Path, PathBuf};
 
 use dyad_runtime_handler::error::{Context, Error, Result};
@@ -11,6 +15,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::idmap::{IdMap, mount_mapped};
+use formatted::{Assembly, assembly, folder};
+use loops::Loop;
 
 /// mount(2) takes one page of options, with the NUL at its end.
 const OPTIONS_MAX: usize = 4096 - 1;
@@ -28,6 +34,8 @@ struct Plan {
     from: Option<PathBuf>,
     /// Owners to be mapped: those below `from` of an overlay, else of the mount itself.
     ids: Option<IdMap>,
+    /// The source is a file that becomes a block device.
+    loop_device: bool,
 }
 
 /// Mounts all of `mounts` on `target`, in order; undoes those that succeeded when one
@@ -45,18 +53,48 @@ pub(crate) fn mount_all(mounts: &[RootMount], target: &Path) -> Result<()> {
         }
         _ => {}
     }
+    let parts = target.with_file_name("dyad-parts");
+    match assembly(mounts, &parts)? {
+        None => mount_stack(mounts, target),
+        Some(assembly) => {
+            let mounted = assemble(&assembly, &parts, target);
+            // The root keeps what it needs of them; nothing has to be remembered.
+            for number in 0..assembly.parts.len() {
+                let folder = folder(&parts, number);
+                let _ = umount2(&folder, MntFlags::MNT_DETACH);
+                let _ = fs::remove_dir(&folder);
+            }
+            let _ = fs::remove_dir(&parts);
+            mounted
+        }
+    }
+}
+
+fn assemble(assembly: &Assembly, parts: &Path, target: &Path) -> Result<()> {
+    for (number, part) in assembly.parts.iter().enumerate() {
+        let folder = folder(parts, number);
+        fs::create_dir_all(&folder).context(|| format!("make {}", folder.display()))?;
+        mount_one(part, &folder)?;
+    }
+    for directory in &assembly.directories {
+        let path = &directory.path;
+        let made = fs::DirBuilder::new()
+            .recursive(true)
+            .mode(directory.mode)
+            .create(path)
+            .and_then(|()| match directory.owner {
+                Some((uid, gid)) => chown(path, Some(uid), Some(gid)),
+                None => Ok(()),
+            });
+        made.context(|| format!("make {}", path.display()))?;
+    }
+    mount_stack(&assembly.root, target)
+}
+
+/// Mounts one on the other; undoes those that succeeded when one fails.
+fn mount_stack(mounts: &[RootMount], target: &Path) -> Result<()> {
     for (at, root) in mounts.iter().enumerate() {
-        let mounted = plan(root).and_then(|plan| {
-            apply(&plan, target).context(|| {
-                format!(
-                    "mount {} {} on {}",
-                    root.fstype,
-                    root.source,
-                    target.display()
-                )
-            })
-        });
-        if let Err(error) = mounted {
+        if let Err(error) = mount_one(root, target) {
             for _ in 0..at {
                 // The first error is the one to tell.
                 let _ = umount2(target, MntFlags::MNT_DETACH);
@@ -65,6 +103,29 @@ pub(crate) fn mount_all(mounts: &[RootMount], target: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn mount_one(root: &RootMount, target: &Path) -> Result<()> {
+    let what = || {
+        format!(
+            "mount {} {} on {}",
+            root.fstype,
+            root.source,
+            target.display()
+        )
+    };
+    let mut plan = plan(root)?;
+    let device = match plan.loop_device {
+        true => {
+            let read_only = plan.flags.contains(MsFlags::MS_RDONLY);
+            Some(Loop::attach(Path::new(&root.source), read_only).context(what)?)
+        }
+        false => None,
+    };
+    if let Some(device) = &device {
+        plan.source = device.path.display().to_string();
+    }
+    apply(&plan, target).context(what)
 }
 
 /// Unmounts whatever is on `target`, all layers of it. Nothing there: fine.
@@ -95,6 +156,7 @@ fn plan(root: &RootMount) -> Result<Plan> {
     let mut propagation = MsFlags::empty();
     let mut data = Vec::new();
     let (mut uids, mut gids) = (None, None);
+    let mut loop_device = false;
     for option in &root.options {
         if let Some((flag, set)) = flag(option) {
             flags.set(flag, set);
@@ -105,10 +167,7 @@ fn plan(root: &RootMount) -> Result<Plan> {
         } else if let Some(map) = option.strip_prefix("gidmap=") {
             gids = Some(map);
         } else if option == "loop" {
-            return Err(Error::InvalidArgument(format!(
-                "rootfs mount option \"loop\" of {}: not supported; use a snapshotter that mounts directories (overlayfs, native)",
-                root.source
-            )));
+            loop_device = true;
         } else {
             data.push(option.as_str());
         }
@@ -148,6 +207,7 @@ fn plan(root: &RootMount) -> Result<Plan> {
         data,
         from,
         ids,
+        loop_device,
     })
 }
 
@@ -372,8 +432,7 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_refused_by_name() {
-        let error = plan(&root("erofs", &["loop"])).unwrap_err();
-        assert!(error.to_string().contains("loop"), "{error}");
+        assert!(plan(&root("erofs", &["loop"])).unwrap().loop_device);
         let error = plan(&root("overlay", &["uidmap=0:x", "gidmap=0:1:2"])).unwrap_err();
         assert!(error.to_string().contains("uidmap=0:x"), "{error}");
     }

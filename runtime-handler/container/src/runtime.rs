@@ -14,14 +14,40 @@ use dyad_runtime_handler::error::{Context, Error, Result};
 
 use crate::command::{Command, Global, classify, error_in_log};
 
-/// An OCI runtime with the state directory of one pod.
+/// An OCI runtime, for one pod.
 #[derive(Debug)]
 pub(crate) struct Runtime {
     binary: PathBuf,
-    root: PathBuf,
+    state: StateDirs,
     reaper: Arc<Reaper>,
     /// Tells the files of concurrent commands apart.
     count: AtomicU64,
+}
+
+/// Where an OCI runtime keeps the state of a pod's containers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StateDirs {
+    /// Its own `--root`.
+    pub root: PathBuf,
+    /// The pod's. It is `root` too, unless the configuration names one that pods share: then
+    /// it has an empty folder for each container of the pod, which so is known whole when
+    /// its shim is dead.
+    pub pod: PathBuf,
+}
+
+impl StateDirs {
+    fn is_shared(&self) -> bool {
+        self.root != self.pod
+    }
+
+    /// Removes the pod's folders of a container that is gone.
+    pub(crate) fn forget(&self, id: &str) {
+        if self.is_shared() {
+            let _ = fs::remove_dir(self.pod.join(id));
+        }
+        // The last one closes the door; others of the pod may still be there.
+        let _ = fs::remove_dir(&self.pod);
+    }
 }
 
 /// A process that the runtime made, and which is our child now.
@@ -41,10 +67,10 @@ pub(crate) enum Input {
 }
 
 impl Runtime {
-    pub(crate) fn new(binary: PathBuf, root: PathBuf, reaper: Arc<Reaper>) -> Self {
+    pub(crate) fn new(binary: PathBuf, state: StateDirs, reaper: Arc<Reaper>) -> Self {
         Self {
             binary,
-            root,
+            state,
             reaper,
             count: AtomicU64::new(0),
         }
@@ -76,7 +102,7 @@ impl Runtime {
         let mut program = Program::new(&self.binary);
         program
             .args(command.argv(Global {
-                root: &self.root,
+                root: &self.state.root,
                 log: &log.0,
                 systemd_cgroup,
             }))
@@ -165,7 +191,7 @@ impl Runtime {
         has_start_hooks: bool,
         ended: impl Future<Output = ()>,
     ) -> Result<()> {
-        let state = self.root.join(id);
+        let state = self.state.root.join(id);
         let fifo = state.join("exec.fifo");
         // crun has a FIFO of that name, written the other way round, but no state.json.
         if !has_start_hooks && state.join("state.json").exists() && fifo.exists() {
@@ -200,17 +226,28 @@ impl Runtime {
         }
     }
 
-    /// Makes the state directory.
+    /// Whether the runtime has state of `id`.
+    pub(crate) fn knows(&self, id: &str) -> bool {
+        self.state.root.join(id).exists()
+    }
+
+    /// Makes the directories for the state of `id`.
     ///
     /// # Errors
     /// What mkdir(2) says.
-    pub(crate) fn prepare(&self) -> Result<()> {
-        fs::create_dir_all(&self.root).context(|| format!("make {}", self.root.display()))
+    pub(crate) fn prepare(&self, id: &str) -> Result<()> {
+        let make =
+            |dir: &Path| fs::create_dir_all(dir).context(|| format!("make {}", dir.display()));
+        make(&self.state.root)?;
+        match self.state.is_shared() {
+            true => make(&self.state.pod.join(id)),
+            false => Ok(()),
+        }
     }
 
-    /// Removes the state directory, unless another container of the pod has state there.
-    pub(crate) fn finish(&self) {
-        let _ = fs::remove_dir(&self.root);
+    /// Removes what [`Self::prepare`] made, unless others have state there.
+    pub(crate) fn finish(&self, id: &str) {
+        self.state.forget(id);
     }
 }
 

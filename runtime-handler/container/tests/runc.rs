@@ -9,7 +9,7 @@ use common::{BOUND, Pod, cgroups_named, read_now, read_until, run};
 use dyad_linux::cgroup::Hierarchies;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::handler::{ContainerRef, Event};
-use dyad_runtime_handler::spec::{Resources, Role, Stdio};
+use dyad_runtime_handler::spec::{Checkpoint, Resources, Role, Stdio};
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -461,6 +461,198 @@ fn cleaning_up_a_sandbox_takes_all_containers_of_its_pod_along() {
         pod.handler.cleanup(&other).await.unwrap();
         assert!(cgroups_named(&pod.id).is_empty());
         pod.handler.cleanup(&pod.reference()).await.unwrap();
+        pod.assert_nothing_left();
+    });
+}
+
+/// An OCI runtime of the name `runtime` in `dir`, a shell script; in it `runc` is the real one.
+fn wrapper(dir: &std::path::Path, script: &str) -> std::path::PathBuf {
+    use std::os::unix::fs::PermissionsExt as _;
+    let path = dir.join("runtime");
+    let text = format!("#!/bin/sh\nrunc={}\n{script}\n", common::runc().display());
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[test]
+fn a_root_that_pods_share_is_the_runtimes_and_cleaned_up_by_pod() {
+    run(|reaper| async move {
+        let root = tempfile::tempdir().unwrap();
+        let shared = |config: &mut dyad_runtime_handler::config::ContainerConfig| {
+            config.root = Some(root.path().to_owned());
+        };
+        let mut other = Pod::with_config(reaper.clone(), "sleep 1000", shared);
+        let (survivor, _ends) = other.start().await;
+        let mut pod = Pod::with_config(reaper, "sleep 1000", shared);
+        pod.sandbox_id = "the-pod".into();
+        let (_container, _ends) = pod.start().await;
+        let state = root.path().join(common::NAMESPACE);
+        assert!(state.join(&pod.id).exists() && state.join(&other.id).exists());
+        let sandbox = ContainerRef {
+            id: "the-pod".into(),
+            containerd_namespace: common::NAMESPACE.into(),
+            sandbox_id: "the-pod".into(),
+            role: Role::Sandbox,
+            bundle: pod.temp.path().join("sandbox"),
+        };
+        pod.handler.cleanup(&sandbox).await.unwrap();
+        assert_eq!(pod.next_exit(None).await.status, 137);
+        assert!(!state.join(&pod.id).exists());
+        assert!(
+            state.join(&other.id).exists(),
+            "another pod's is left alone"
+        );
+        survivor.delete().await.unwrap();
+        other.next_exit(None).await;
+        other.assert_nothing_left();
+        assert!(!state.join(&other.id).exists());
+    });
+}
+
+#[test]
+fn what_the_runtime_no_longer_knows_is_not_found_and_can_be_deleted() {
+    run(|reaper| async move {
+        let mut pod = Pod::new(reaper.clone(), "sleep 1000");
+        let (container, _ends) = pod.start().await;
+        let root = pod
+            .temp
+            .path()
+            .join("oci")
+            .join(common::NAMESPACE)
+            .join(&pod.id);
+        let mut delete = std::process::Command::new(common::runc());
+        delete
+            .arg("--root")
+            .arg(&root)
+            .args(["delete", "--force", &pod.id]);
+        let deleted = reaper.spawn(&mut delete).unwrap().exit.wait().await;
+        assert_eq!(deleted.status, 0);
+        let error = container
+            .signal(None, libc::SIGKILL, false)
+            .await
+            .unwrap_err();
+        assert!(matches!(error, Error::NotFound(_)), "{error}");
+        assert_eq!(pod.next_exit(None).await.status, 137);
+        container.delete().await.unwrap();
+    });
+}
+
+#[test]
+fn one_that_dies_between_create_and_start_has_ended_and_cannot_start() {
+    run(|reaper| async move {
+        let dir = tempfile::tempdir().unwrap();
+        // As containerd's own tests have it (integration/failpoint/cmd/runc-fp).
+        let runtime = wrapper(
+            dir.path(),
+            r#"$runc "$@" || exit
+case "$*" in
+*" create "*)
+    while [ "$1" != --bundle ]; do shift; done
+    kill -9 "$(cat "$2/init.pid")"
+    ;;
+esac"#,
+        );
+        let mut pod = Pod::with_config(reaper, "sleep 1000", |config| {
+            config.runtime = Some(runtime);
+        });
+        let (stdio, _ends) = pod.stdio("init", false);
+        let container = pod.create(stdio).await.unwrap();
+        assert_eq!(pod.next_exit(None).await.status, 137);
+        assert!(container.start(None).await.is_err());
+        container.delete().await.unwrap();
+        pod.assert_nothing_left();
+    });
+}
+
+#[test]
+fn an_exec_whose_container_dies_meanwhile_fails_and_the_rest_can_be_deleted() {
+    run(|reaper| async move {
+        let dir = tempfile::tempdir().unwrap();
+        let gate = dir.path().join("gate");
+        nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let runtime = wrapper(
+            dir.path(),
+            &format!(
+                r#"case "$*" in *" exec "*) read -r _ <{} ;; esac
+exec $runc "$@""#,
+                gate.display()
+            ),
+        );
+        let mut pod = Pod::with_config(reaper, "sleep 1000", |config| {
+            config.runtime = Some(runtime);
+        });
+        let (container, _ends) = pod.start().await;
+        let exec = pod.exec_spec("e1", "sleep 1000", Stdio::default());
+        container.exec(exec).await.unwrap();
+        let starting = container.clone();
+        let started = tokio::spawn(async move { starting.start_exec("e1").await });
+        // Opens once the exec's runtime waits there.
+        let opened = tokio::task::spawn_blocking(move || fs::File::create(gate).unwrap());
+        let mut opened = timeout(BOUND, opened).await.unwrap().unwrap();
+        container.signal(None, libc::SIGKILL, false).await.unwrap();
+        assert_eq!(pod.next_exit(None).await.status, 137);
+        std::io::Write::write_all(&mut opened, b"\n").unwrap();
+        assert!(timeout(BOUND, started).await.unwrap().unwrap().is_err());
+        container.delete_exec("e1").await.unwrap();
+        container.delete().await.unwrap();
+        pod.assert_nothing_left();
+    });
+}
+
+#[test]
+fn a_checkpointed_container_runs_on_or_ends_and_another_goes_on_from_it() {
+    run(|reaper| async move {
+        const COUNT: &str = "n=0; while :; do n=$((n+1)); echo n=$n; sleep 0.1; done";
+        let images = tempfile::tempdir().unwrap();
+        let mut pod = Pod::new(reaper.clone(), COUNT);
+        let (container, ends) = pod.start().await;
+        read_until(&ends.stdout, "n=3\n").await;
+        let mut to = Checkpoint {
+            images: images.path().join("one"),
+            work: Some(images.path().join("work")),
+            ..Checkpoint::default()
+        };
+        container.checkpoint(&to).await.unwrap();
+        assert!(images.path().join("work/dump.log").exists());
+        read_until(&ends.stdout, "n=").await;
+        assert!(container.pids().await.is_ok_and(|pids| !pids.is_empty()));
+        to.images = images.path().join("two");
+        to.exit = true;
+        container.checkpoint(&to).await.unwrap();
+        assert_eq!(pod.next_exit(None).await.status, 137);
+        let last = read_now(&ends.stdout);
+        let error = container.checkpoint(&to).await.unwrap_err();
+        assert!(matches!(error, Error::FailedPrecondition(_)), "{error}");
+        container.delete().await.unwrap();
+
+        let mut next = Pod::new(reaper, COUNT);
+        next.share_image(&pod);
+        next.checkpoint = Some(to.images);
+        let (stdio, ends) = next.stdio("init", false);
+        let restored = next.create(stdio).await.unwrap();
+        assert_eq!(restored.pid(), None, "it has no process before its start");
+        restored.start(None).await.unwrap();
+        let number = |line: &str| line.strip_prefix("n=").and_then(|n| n.parse::<u32>().ok());
+        let before = last.lines().filter_map(number).max().unwrap_or(3);
+        let goes_on = format!("n={}\n", before + 2);
+        read_until(&ends.stdout, &goes_on).await;
+        restored.delete().await.unwrap();
+        next.next_exit(None).await;
+        next.assert_nothing_left();
+    });
+}
+
+#[test]
+fn a_restore_from_nothing_fails_with_criu_s_words_and_can_be_deleted() {
+    run(|reaper| async move {
+        let empty = tempfile::tempdir().unwrap();
+        let mut pod = Pod::new(reaper, "sleep 1000");
+        pod.checkpoint = Some(empty.path().to_owned());
+        let (stdio, _ends) = pod.stdio("init", false);
+        let container = pod.create(stdio).await.unwrap();
+        assert!(container.start(None).await.is_err());
+        container.delete().await.unwrap();
         pod.assert_nothing_left();
     });
 }

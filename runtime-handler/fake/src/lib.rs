@@ -426,6 +426,7 @@ mod tests {
 
     fn spec(id: &str) -> ContainerSpec {
         ContainerSpec {
+            checkpoint: None,
             id: id.into(),
             containerd_namespace: "k8s.io".into(),
             name: String::new(),

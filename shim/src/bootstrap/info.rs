@@ -9,7 +9,6 @@ use protobuf::well_known_types::any::Any;
 
 use super::input::{legacy_options, read_stdin};
 use crate::backend::Backend;
-use crate::config::Config;
 
 /// The OCI runtime-spec document that `features` carries, as JSON.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
@@ -21,10 +20,7 @@ const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/f
 /// answer. containerd logs it and goes without.
 pub fn info(backend: Backend) -> Result<Vec<u8>> {
     let options = legacy_options(&read_stdin()?)?;
-    let mut config = Config::load(&options.source)?;
-    if let Some(name) = options.binary_name {
-        config.container.runtime = Some(name.into());
-    }
+    let config = options.load()?;
     // A machine pod is not run by the host's OCI runtime: its features say nothing.
     let features = match config.kind {
         Kind::Container if backend.kind == Kind::Container => (backend.features)(&config)?,

@@ -19,7 +19,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{CodedInputStream, Message};
 
 use super::args::Args;
-use crate::config::Source;
+use crate::config::{Config, Source};
 
 /// containerd's own limit (pkg/shim: 10 MiB).
 const MAX_INPUT_BYTES: u64 = 10 << 20;
@@ -54,17 +54,64 @@ impl Protocol {
 }
 
 /// The runtime options of a handler in containerd's configuration.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct RuntimeOptions {
     /// Where the configuration is.
     pub source: Source,
-    /// OCI runtime named by `containerd.runc.v1.Options`, which clients other than
-    /// CRI may send.
-    pub binary_name: Option<String>,
+    /// `containerd.runc.v1.Options`: of clients other than CRI, and of a handler whose
+    /// `runtime_type` is that of containerd's own shim and whose `runtime_path` is ours.
+    pub runc: Option<Box<RuncOptions>>,
+}
+
+impl RuntimeOptions {
+    /// The configuration with what the options say beside it.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the file and the key, or the option.
+    pub fn load(&self) -> Result<Config> {
+        let mut config = Config::load(&self.source)?;
+        let Some(runc) = &self.runc else {
+            return Ok(config);
+        };
+        let container = &mut config.container;
+        if !runc.binary_name.is_empty() {
+            container.runtime = Some(runc.binary_name.clone().into());
+        }
+        for (name, value, key) in [
+            ("Root", &runc.root, &mut container.root),
+            (
+                "CriuWorkPath",
+                &runc.criu_work_path,
+                &mut container.criu_work,
+            ),
+        ] {
+            if value.is_empty() {
+                continue;
+            }
+            if !value.starts_with('/') {
+                return Err(Error::InvalidArgument(format!(
+                    "containerd.runc.v1.Options: {name} {value:?} must be an absolute path"
+                )));
+            }
+            *key = Some(value.into());
+        }
+        container.systemd_cgroup |= runc.systemd_cgroup;
+        container.no_pivot_root |= runc.no_pivot_root;
+        container.no_new_keyring |= runc.no_new_keyring;
+        if (runc.io_uid, runc.io_gid) != (0, 0) {
+            (container.io_uid, container.io_gid) = (runc.io_uid, runc.io_gid);
+        }
+        Ok(config)
+    }
+
+    /// The cgroup that the pod's server is to be in; empty: where it is.
+    pub fn shim_cgroup(&self) -> &str {
+        self.runc.as_ref().map_or("", |runc| &runc.shim_cgroup)
+    }
 }
 
 /// What `start` was given.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StartInput {
     /// Decides the reply.
     pub protocol: Protocol,
@@ -103,7 +150,8 @@ pub fn read_stdin() -> Result<Vec<u8>> {
 }
 
 /// Tells the two stdin formats apart and reads either. `ttrpc_env` is
-/// `$TTRPC_ADDRESS`, where containerds before 2.3 put it.
+/// `$TTRPC_ADDRESS`, where containerds before 2.3 put it; it also counts where
+/// `BootstrapParams` name none.
 ///
 /// # Errors
 /// `InvalidArgument` for input that is neither, or options of a type we do not know.
@@ -124,7 +172,9 @@ pub fn start_input(input: &[u8], args: &Args, ttrpc_env: &str) -> Result<StartIn
             protocol: Protocol::Bootstrap,
             options,
             socket_dir: params.socket_dir.filter(|dir| !dir.is_empty()),
-            ttrpc_address: params.containerd_ttrpc_address,
+            ttrpc_address: Some(params.containerd_ttrpc_address)
+                .filter(|address| !address.is_empty())
+                .unwrap_or_else(|| ttrpc_env.to_owned()),
             // The enum is open: more verbose levels are negative.
             debug: args.debug || params.log_level.value() < 0,
         });
@@ -190,7 +240,7 @@ fn options_from(any: &Any) -> Result<RuntimeOptions> {
             })?;
             Ok(RuntimeOptions {
                 source: Source::Default,
-                binary_name: Some(options.binary_name).filter(|name| !name.is_empty()),
+                runc: Some(Box::new(options)),
             })
         }
         other => Err(Error::Unimplemented(format!(
@@ -223,10 +273,7 @@ fn generic_options(bytes: &[u8]) -> Result<RuntimeOptions> {
         })?),
         (true, true) => Source::Default,
     };
-    Ok(RuntimeOptions {
-        source,
-        binary_name: None,
-    })
+    Ok(RuntimeOptions { source, runc: None })
 }
 
 fn skip_field(stream: &mut CodedInputStream<'_>, tag: u32) -> protobuf::Result<()> {
@@ -292,6 +339,18 @@ mod tests {
     }
 
     #[test]
+    fn bootstrap_params_without_a_ttrpc_address_leave_it_to_the_environment() {
+        let params = BootstrapParams {
+            instance_id: "abc".into(),
+            namespace: "k8s.io".into(),
+            ..Default::default()
+        };
+        let read = start_input(&params.write_to_bytes().unwrap(), &command_line(), "/env").unwrap();
+        assert_eq!(read.protocol, Protocol::Bootstrap);
+        assert_eq!(read.ttrpc_address, "/env");
+    }
+
+    #[test]
     fn an_any_that_parses_as_bootstrap_params_is_still_an_any() {
         let input = options_any("", "kind = \"machine\"")
             .write_to_bytes()
@@ -333,6 +392,45 @@ mod tests {
         };
         let error = legacy_options(&any.write_to_bytes().unwrap()).unwrap_err();
         assert!(error.to_string().contains("runhcs"), "{error}");
+    }
+
+    fn runc_any(options: &RuncOptions) -> Vec<u8> {
+        let any = Any {
+            type_url: "containerd.runc.v1.Options".into(),
+            value: options.write_to_bytes().unwrap(),
+            ..Default::default()
+        };
+        any.write_to_bytes().unwrap()
+    }
+
+    #[test]
+    fn runcs_own_options_become_keys_of_the_configuration() {
+        let read = legacy_options(&runc_any(&RuncOptions {
+            binary_name: "/r".into(),
+            root: "/state".into(),
+            systemd_cgroup: true,
+            no_pivot_root: true,
+            no_new_keyring: true,
+            shim_cgroup: "/shims".into(),
+            io_uid: 5,
+            io_gid: 6,
+            criu_work_path: "/work".into(),
+            ..Default::default()
+        }))
+        .unwrap();
+        assert_eq!(read.shim_cgroup(), "/shims");
+        let container = read.load().unwrap().container;
+        assert_eq!(container.runtime, Some("/r".into()));
+        assert_eq!(container.root, Some("/state".into()));
+        assert_eq!(container.criu_work, Some("/work".into()));
+        assert!(container.systemd_cgroup && container.no_pivot_root && container.no_new_keyring);
+        assert_eq!((container.io_uid, container.io_gid), (5, 6));
+        let relative = legacy_options(&runc_any(&RuncOptions {
+            root: "state".into(),
+            ..Default::default()
+        }));
+        let error = relative.unwrap().load().unwrap_err().to_string();
+        assert!(error.contains("Root \"state\""), "{error}");
     }
 
     #[test]

@@ -6,21 +6,21 @@
 use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use dyad_linux::cgroup::Hierarchies;
 use dyad_linux::files::{PRIVATE, write_atomically};
 use dyad_runtime_handler::error::Context as _;
 use dyad_runtime_handler::spec::Role;
 use dyad_runtime_handler::{Error, Result};
 
 use super::args::Args;
-use super::input::{StartInput, read_stdin, start_input};
+use super::input::{read_stdin, start_input};
 use super::launch::Launch;
 use super::socket::{self, Bound};
 use super::{args_bundle, program, server_process, sweep};
 use crate::backend::Backend;
-use crate::config::Config;
 use crate::spec::{Identity, read_annotations};
 
 /// Ends with a server listening, and returns the reply for containerd.
@@ -35,7 +35,7 @@ pub fn start(args: &Args, backend: Backend) -> Result<Vec<u8>> {
     let annotations = read_annotations(&bundle)?;
     let identity = Identity::of(&args.id, &annotations)?;
 
-    let config = load_config(&input)?;
+    let config = input.options.load()?;
     config.pod_annotations(&annotations)?;
     let dir = input
         .socket_dir
@@ -65,7 +65,8 @@ pub fn start(args: &Args, backend: Backend) -> Result<Vec<u8>> {
     } else if let Bound::New(listener) = socket::bind(&launch.socket)? {
         launch
             .write(&bundle)
-            .and_then(|()| spawn_server(args, &launch, &bundle, listener.into()))
+            .and_then(|()| server_cgroup(input.options.shim_cgroup()))
+            .and_then(|procs| spawn_server(args, &launch, &bundle, listener.into(), &procs))
             .inspect_err(|_| {
                 let _ = std::fs::remove_file(&launch.socket);
                 let _ = Launch::remove(&bundle);
@@ -77,17 +78,29 @@ pub fn start(args: &Args, backend: Backend) -> Result<Vec<u8>> {
     input.protocol.reply(&address)
 }
 
-fn load_config(input: &StartInput) -> Result<Config> {
-    let mut config = Config::load(&input.options.source)?;
-    if let Some(name) = &input.options.binary_name {
-        config.container.runtime = Some(name.into());
+/// Where the server's pid is to be written for it to be in the cgroup `path`, which exists.
+fn server_cgroup(path: &str) -> Result<Vec<PathBuf>> {
+    if path.is_empty() {
+        return Ok(Vec::new());
     }
-    Ok(config)
+    let cgroup = Hierarchies::of_host()?.at(path)?;
+    if !cgroup.exists() {
+        return Err(Error::InvalidArgument(format!(
+            "containerd.runc.v1.Options: ShimCgroup {path:?}: there is no such cgroup; make it first"
+        )));
+    }
+    Ok(cgroup.procs_files())
 }
 
 /// Runs the server with the listening socket as its stdin, and waits until it serves:
 /// until then its stdout and stderr are a pipe, on which it says why it cannot.
-fn spawn_server(args: &Args, launch: &Launch, bundle: &Path, listener: OwnedFd) -> Result<()> {
+fn spawn_server(
+    args: &Args,
+    launch: &Launch,
+    bundle: &Path,
+    listener: OwnedFd,
+    procs_files: &[PathBuf],
+) -> Result<()> {
     let program = program(launch.kind)?;
     let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
         .context(|| "make the server's pipe".into())?;
@@ -108,6 +121,14 @@ fn spawn_server(args: &Args, launch: &Launch, bundle: &Path, listener: OwnedFd) 
     // Closes our copies of the writing end and of the socket.
     drop(command);
     adjust_oom_score(child.id());
+    for file in procs_files {
+        let joined = std::fs::write(file, child.id().to_string());
+        if let Err(error) = joined.context(|| format!("ShimCgroup: write {}", file.display())) {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(error);
+        }
+    }
 
     let mut complaint = String::new();
     let _ = File::from(reader).take(8192).read_to_string(&mut complaint);

@@ -1,15 +1,20 @@
 //! Between protobuf messages and our own types.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest, Status};
+use containerd_shim_protos::api::{
+    CheckpointTaskRequest, CreateTaskRequest, ExecProcessRequest, Status,
+};
+use containerd_shim_protos::shim::oci::CheckpointOptions;
 use containerd_shim_protos::{cgroups, cgroups_v2};
 use dyad_runtime_handler::error::Context as _;
 use dyad_runtime_handler::handler::ProcessId;
-use dyad_runtime_handler::spec::{Resources, RootMount};
+use dyad_runtime_handler::spec::{Checkpoint, Resources, RootMount};
 use dyad_runtime_handler::stats::{Hierarchy, IoStats, Stats};
 use dyad_runtime_handler::{Error, Result};
+use oci_spec::runtime::Process;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, Message, MessageField};
@@ -17,6 +22,9 @@ use protobuf::{EnumOrUnknown, Message, MessageField};
 use crate::sandbox::state::TaskStatus;
 use crate::sandbox::{CreateRequest, ExecRequest};
 use crate::stdio::StdioUris;
+
+/// How a client says what a checkpoint is to be.
+const CHECKPOINT_OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
 
 /// A point in time.
 pub fn timestamp(at: SystemTime) -> Timestamp {
@@ -47,15 +55,8 @@ pub fn status(status: TaskStatus) -> EnumOrUnknown<Status> {
 }
 
 /// # Errors
-/// `Unimplemented` for a restore from a checkpoint; `InvalidArgument` for a mount that
-/// is not for the root itself.
+/// `InvalidArgument` for a mount that is not for the root itself.
 pub fn create_request(request: CreateTaskRequest) -> Result<CreateRequest> {
-    if !request.checkpoint.is_empty() {
-        return Err(Error::Unimplemented(format!(
-            "create {} from checkpoint {}: not supported; create it without one",
-            request.id, request.checkpoint
-        )));
-    }
     let rootfs = request
         .rootfs
         .into_iter()
@@ -81,7 +82,52 @@ pub fn create_request(request: CreateTaskRequest) -> Result<CreateRequest> {
             stderr: request.stderr,
             terminal: request.terminal,
         },
+        checkpoint: Some(request.checkpoint)
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from),
     })
+}
+
+/// Which container is to be written down, and how.
+///
+/// # Errors
+/// `InvalidArgument` for options that are not runc's, and without a folder for it.
+pub fn checkpoint(request: CheckpointTaskRequest) -> Result<(String, Checkpoint)> {
+    let options = match request.options.into_option() {
+        Some(any) if !any.type_url.is_empty() => {
+            if any.type_url.rsplit('/').next() != Some(CHECKPOINT_OPTIONS) {
+                return Err(Error::InvalidArgument(format!(
+                    "options of type {:?}: want {CHECKPOINT_OPTIONS}",
+                    any.type_url
+                )));
+            }
+            CheckpointOptions::parse_from_bytes(&any.value)
+                .map_err(|error| Error::InvalidArgument(format!("{CHECKPOINT_OPTIONS}: {error}")))?
+        }
+        _ => CheckpointOptions::default(),
+    };
+    let path = |text: String| {
+        Some(text)
+            .filter(|text| !text.is_empty())
+            .map(PathBuf::from)
+    };
+    let images = path(options.image_path)
+        .or(path(request.path))
+        .ok_or_else(|| {
+            Error::InvalidArgument(format!("checkpoint of {}: path: missing", request.id))
+        })?;
+    let to = Checkpoint {
+        images,
+        work: path(options.work_path),
+        exit: options.exit,
+        tcp_established: options.open_tcp,
+        external_unix_sockets: options.external_unix_sockets,
+        terminal: options.terminal,
+        file_locks: options.file_locks,
+        empty_namespaces: options.empty_namespaces,
+        cgroups_mode: options.cgroups_mode,
+    };
+    Ok((request.id, to))
 }
 
 /// # Errors
@@ -91,8 +137,10 @@ pub fn exec_request(request: ExecProcessRequest) -> Result<(String, ExecRequest)
         return Err(Error::InvalidArgument("exec: the exec id is empty".into()));
     }
     let spec = request.spec.into_option().unwrap_or_default();
-    let process = serde_json::from_slice(&spec.value)
+    let mut process: Process = serde_json::from_slice(&spec.value)
         .map_err(|error| Error::InvalidArgument(format!("exec {}: {error}", request.exec_id)))?;
+    // The request's word counts, as with containerd's own shim: it says what the client reads.
+    process.set_terminal(Some(request.terminal));
     Ok((
         request.id,
         ExecRequest {
@@ -379,15 +427,60 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_and_a_foreign_spec_are_refused() {
-        let request = CreateTaskRequest {
-            checkpoint: "/c".into(),
+    fn an_exec_has_a_terminal_where_its_request_asks_for_one() {
+        for (spec, asked) in [("", true), (r#","terminal":true"#, false)] {
+            let process =
+                format!(r#"{{"cwd":"/","args":["sh"],"user":{{"uid":0,"gid":0}}{spec}}}"#);
+            let request = ExecProcessRequest {
+                exec_id: "e".into(),
+                terminal: asked,
+                spec: MessageField::some(Any {
+                    value: process.into_bytes(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            };
+            let (_, exec) = exec_request(request).unwrap();
+            assert_eq!(exec.process.terminal(), Some(asked));
+            assert_eq!(exec.stdio.terminal, asked);
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_goes_where_the_options_or_the_request_say() {
+        let request = |path: &str, options: Option<CheckpointOptions>| CheckpointTaskRequest {
+            id: "c".into(),
+            path: path.into(),
+            options: MessageField(options.map(|options| {
+                Box::new(Any {
+                    type_url: CHECKPOINT_OPTIONS.into(),
+                    value: options.write_to_bytes().unwrap(),
+                    ..Default::default()
+                })
+            })),
             ..Default::default()
         };
-        assert!(matches!(
-            create_request(request),
-            Err(Error::Unimplemented(_))
-        ));
+        let (id, to) = checkpoint(request("/c", None)).unwrap();
+        assert_eq!((id.as_str(), to.images), ("c", "/c".into()));
+        assert!(!to.exit, "without a word it runs on");
+        let options = CheckpointOptions {
+            exit: true,
+            image_path: "/i".into(),
+            work_path: "/w".into(),
+            ..Default::default()
+        };
+        let (_, to) = checkpoint(request("/c", Some(options))).unwrap();
+        assert_eq!((to.images, to.work), ("/i".into(), Some("/w".into())));
+        assert!(to.exit);
+        assert!(checkpoint(request("", None)).is_err());
+        let mut foreign = request("/c", Some(CheckpointOptions::default()));
+        foreign.options.mut_or_insert_default().type_url = "a.b.C".into();
+        let error = checkpoint(foreign).unwrap_err().to_string();
+        assert!(error.contains("a.b.C"), "{error}");
+    }
+
+    #[test]
+    fn a_foreign_spec_is_refused() {
         let request = ExecProcessRequest {
             exec_id: "e".into(),
             ..Default::default()

@@ -3,9 +3,9 @@
 use dyad_api::cri as wire;
 use dyad_runtime_handler::{Error, Result};
 use protobuf::well_known_types::any::Any;
-use protobuf::{EnumOrUnknown, Message as _, MessageField};
+use protobuf::{EnumOrUnknown, Message as _};
 
-use crate::pod_spec::{Dns, HostNamespaces, PodConfig, PodSize};
+use crate::pod_spec::{Client, Dns, HostNamespaces, PodConfig, PodSize};
 
 const TYPE: &str = "runtime.v1.PodSandboxConfig";
 /// CRI allows no more; a pod's annotations are at most 256 KiB.
@@ -15,16 +15,11 @@ const MAX_BYTES: usize = 16 << 20;
 ///
 /// # Errors
 /// `InvalidArgument` naming what is missing, of a foreign type, damaged or unknown.
-pub fn decode(options: MessageField<Any>, netns: &str) -> Result<PodConfig> {
-    let options = options.into_option().ok_or_else(|| {
-        Error::InvalidArgument(format!(
-            "options: missing; a sandbox of this shim is a pod, made through CRI, which sends {TYPE}"
-        ))
-    })?;
+pub fn decode(options: &Any, netns: &str) -> Result<PodConfig> {
     // containerd's typeurl writes bare message names, others prefix a host.
     if options.type_url.rsplit('/').next() != Some(TYPE) {
         return Err(Error::InvalidArgument(format!(
-            "options of type {:?}: want {TYPE}",
+            "options of type {:?}: want {TYPE}, or none at all for a pod outside Kubernetes",
             options.type_url
         )));
     }
@@ -49,6 +44,7 @@ pub fn decode(options: MessageField<Any>, netns: &str) -> Result<PodConfig> {
         Some(user) => !is_host("userns_options.mode", user.mode)?,
     };
     Ok(PodConfig {
+        client: Client::Cri,
         name: metadata.name,
         namespace: metadata.namespace,
         uid: metadata.uid,
@@ -93,17 +89,19 @@ fn is_host(field: &str, mode: EnumOrUnknown<wire::NamespaceMode>) -> Result<bool
 
 #[cfg(test)]
 mod tests {
+    use protobuf::MessageField;
+
     use super::*;
 
-    fn any(type_url: &str, value: Vec<u8>) -> MessageField<Any> {
-        MessageField::some(Any {
+    fn any(type_url: &str, value: Vec<u8>) -> Any {
+        Any {
             type_url: type_url.into(),
             value,
             ..Default::default()
-        })
+        }
     }
 
-    fn encoded(config: &wire::PodSandboxConfig) -> MessageField<Any> {
+    fn encoded(config: &wire::PodSandboxConfig) -> Any {
         any(TYPE, config.write_to_bytes().unwrap())
     }
 
@@ -142,7 +140,7 @@ mod tests {
             .resources
             .mut_or_insert_default()
             .memory_limit_in_bytes = 7;
-        let pod = decode(encoded(&message), "/run/netns/x").unwrap();
+        let pod = decode(&encoded(&message), "/run/netns/x").unwrap();
         assert_eq!(
             (pod.name.as_str(), pod.cgroup_parent.as_str()),
             ("web", "/a")
@@ -157,7 +155,7 @@ mod tests {
             "types.googleapis.com/runtime.v1.PodSandboxConfig",
             config().write_to_bytes().unwrap(),
         );
-        assert_eq!(decode(prefixed, "").unwrap().netns, None);
+        assert_eq!(decode(&prefixed, "").unwrap().netns, None);
     }
 
     #[test]
@@ -165,7 +163,7 @@ mod tests {
         let mut bytes = config().write_to_bytes().unwrap();
         // Field 99, a string; and field 5, port mappings, which we do not name.
         bytes.extend([0x9a, 0x06, 0x01, b'x', 0x2a, 0x02, 0x10, 0x50]);
-        assert_eq!(decode(any(TYPE, bytes), "").unwrap().name, "web");
+        assert_eq!(decode(&any(TYPE, bytes), "").unwrap().name, "web");
     }
 
     #[test]
@@ -184,7 +182,6 @@ mod tests {
             bytes
         };
         for (options, text) in [
-            (MessageField::none(), "options: missing"),
             (any("a.b.C", Vec::new()), "options of type \"a.b.C\""),
             (any(TYPE, vec![0xff; 3]), "options: runtime.v1"),
             (any(TYPE, cut), "options: runtime.v1"),
@@ -193,7 +190,7 @@ mod tests {
             (encoded(&unknown_mode), "network: unknown mode 9"),
             (encoded(&target), "pid: TARGET"),
         ] {
-            let error = decode(options, "").unwrap_err();
+            let error = decode(&options, "").unwrap_err();
             assert!(matches!(error, Error::InvalidArgument(_)));
             assert!(error.to_string().contains(text), "{error} lacks {text}");
         }

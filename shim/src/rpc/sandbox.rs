@@ -1,5 +1,7 @@
-//! containerd's Sandbox service: pods without a pause container (`sandboxer = "shim"`).
+//! containerd's Sandbox service: pods without a pause container, of CRI (`sandboxer =
+//! "shim"`) or of any other client ([`crate::plain_pod`]).
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -20,6 +22,7 @@ use ttrpc::r#async::TtrpcContext;
 use super::convert::{stats, timestamp};
 use super::pod_config;
 use super::task::{answer, read};
+use crate::plain_pod;
 use crate::sandbox::{Sandbox, SandboxRequest, SandboxView};
 
 /// CRI's names of a pod's state.
@@ -46,17 +49,29 @@ impl SandboxService {
                 mount.source
             )));
         }
-        let pod = pod_config::decode(request.options, &request.netns_path)?;
+        let bundle = PathBuf::from(request.bundle_path);
+        let netns = &request.netns_path;
+        let pod = match request.options.into_option() {
+            Some(options) if !options.type_url.is_empty() => pod_config::decode(&options, netns)?,
+            _ => plain_pod::read(&bundle, netns, request.annotations)?,
+        };
         let request = SandboxRequest {
             id: request.sandbox_id,
-            bundle: request.bundle_path.into(),
+            bundle,
             pod,
         };
         self.sandbox.create_sandbox(request).await.map(drop)
     }
 
     async fn start(&self, id: String) -> Result<SandboxView> {
-        self.sandbox.view_sandbox(id.clone()).await?;
+        match self.sandbox.view_sandbox(id.clone()).await {
+            Err(Error::NotFound(_)) => {
+                return Err(Error::FailedPrecondition(format!(
+                    "start sandbox {id}: it has not been created; CreateSandbox comes first"
+                )));
+            }
+            other => other?,
+        };
         self.sandbox.run(ProcessId::init(&id)).await?;
         self.sandbox.view_sandbox(id).await
     }
@@ -82,9 +97,19 @@ impl SandboxService {
         self.sandbox.kill(&id).await
     }
 
+    /// In a task of its own: a client that hangs up in the middle would else leave a server
+    /// without a pod, which nobody asks to end any more.
+    async fn close(&self) -> Result<()> {
+        let sandbox = self.sandbox.clone();
+        tokio::spawn(async move { sandbox.close().await })
+            .await
+            .unwrap_or_else(|panic| Err(Error::other("shut the pod down", panic)))
+    }
+
     /// What `crictl inspectp` prints: under `info`, which has containerd's own form, the pid
-    /// as with a pause container; under `dyad` what else we know.
-    fn info(&self, view: &SandboxView) -> [(String, String); 2] {
+    /// as with a pause container; under `dyad` what else we know. Other clients look for
+    /// `pid` and `state`.
+    fn info(&self, view: &SandboxView) -> [(String, String); 4] {
         let machine = self.handler.machine().map(|machine| {
             json!({
                 "uuid": machine.uuid,
@@ -97,6 +122,8 @@ impl SandboxService {
         });
         let own = json!({"kind": self.handler.kind().to_string(), "machine": machine});
         [
+            ("pid".into(), view.pid.to_string()),
+            ("state".into(), state(view).into()),
             ("info".into(), json!({"pid": view.pid}).to_string()),
             ("dyad".into(), own.to_string()),
         ]
@@ -183,7 +210,7 @@ impl Service for SandboxService {
         let mut response = SandboxStatusResponse {
             sandbox_id: id,
             pid: view.pid,
-            state: if view.ready { READY } else { NOT_READY }.into(),
+            state: state(&view).into(),
             created_at: Some(timestamp(view.created_at)).into(),
             exited_at: view.exit.map(|exit| timestamp(exit.at)).into(),
             ..Default::default()
@@ -210,7 +237,7 @@ impl Service for SandboxService {
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
         // Also of one that could not be created: containerd then asks the same.
         let what = format!("shutdown of sandbox {}", request.sandbox_id);
-        answer(&what, self.sandbox.close().await)?;
+        answer(&what, self.close().await)?;
         Ok(ShutdownSandboxResponse::default())
     }
 
@@ -229,6 +256,11 @@ impl Service for SandboxService {
         metrics.data = Some(usage).into();
         Ok(response)
     }
+}
+
+/// CRI's name of a pod's state.
+fn state(view: &SandboxView) -> &'static str {
+    if view.ready { READY } else { NOT_READY }
 }
 
 /// Go's names, which images use.

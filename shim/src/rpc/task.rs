@@ -18,7 +18,8 @@ use protobuf::well_known_types::any::Any;
 use ttrpc::r#async::TtrpcContext;
 
 use super::convert::{
-    create_request, exec_request, process_id, resources, stats, status as task_status, timestamp,
+    checkpoint, create_request, exec_request, process_id, resources, stats, status as task_status,
+    timestamp,
 };
 use super::status::status;
 use crate::sandbox::Sandbox;
@@ -158,11 +159,12 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: CheckpointTaskRequest,
     ) -> ttrpc::Result<Empty> {
-        let refusal = Error::Unimplemented(format!(
-            "checkpoint of {}: this shim does not write checkpoints",
-            request.id
-        ));
-        done("checkpoint", Err(refusal))
+        let what = format!("checkpoint of {}", request.id);
+        let result = async {
+            let (container, to) = checkpoint(request)?;
+            self.sandbox.checkpoint(container, to).await
+        };
+        done(&what, result.await)
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {

@@ -8,9 +8,10 @@ use dyad_runtime_handler::{Error, Result};
 use super::driver::{Driver, not_found};
 use super::init::Origin;
 use super::state::{self, Request, State, TaskStatus};
+use super::task::Task;
 use super::{CreateRequest, Reply, Sandbox, SandboxRequest, SandboxView, TaskView};
 use crate::pod_files::{self, PodFiles};
-use crate::pod_spec;
+use crate::pod_spec::{self, Client};
 use crate::spec::{self, Identity};
 use crate::stdio::StdioUris;
 
@@ -25,6 +26,7 @@ impl Driver {
                     bundle: request.bundle,
                     rootfs: Vec::new(),
                     stdio: StdioUris::default(),
+                    checkpoint: None,
                 };
                 self.start_create(request, prepared, Origin::SandboxApi, reply);
             }
@@ -37,15 +39,19 @@ impl Driver {
     ) -> Result<(PodFiles, (Identity, ContainerSpec))> {
         let id = &request.id;
         let launch = &self.pod.launch;
+        let existing = self
+            .tasks
+            .iter()
+            .find(|(_, task)| task.role == Role::Sandbox);
+        if let Some((existing, _)) = existing {
+            // Always a refusal: a server has one pod.
+            self.decide(existing, Request::Create)?;
+        }
         if *id != launch.sandbox_id {
             return Err(Error::InvalidArgument(format!(
                 "sandbox_id: {id:?}; this server was started for {:?}",
                 launch.sandbox_id
             )));
-        }
-        if self.tasks.contains_key(id) {
-            // Always a refusal.
-            self.decide(id, Request::Create)?;
         }
         let oci = pod_spec::spec(id, &request.pod)?;
         let no_annotations = std::collections::HashMap::new();
@@ -63,11 +69,36 @@ impl Driver {
             rootfs: Vec::new(),
             oci,
             stdio: Stdio::default(),
+            checkpoint: None,
         };
         let pod_dir = launch.pod_dir();
         // Of an earlier try.
         pod_files::unmount(&pod_dir)?;
         Ok((PodFiles::make(&pod_dir, &request.pod)?, (identity, spec)))
+    }
+
+    /// Who a container is, and whose.
+    pub(super) fn identity(
+        &self,
+        id: &str,
+        annotations: &std::collections::HashMap<String, String>,
+    ) -> Result<Identity> {
+        let identity = Identity::of(id, annotations)?;
+        let is_plain = self
+            .files
+            .as_ref()
+            .is_some_and(|files| files.client() == Client::Other);
+        Ok(match is_plain && !identity.cri {
+            true => identity.member_of(&self.pod.launch.sandbox_id),
+            false => identity,
+        })
+    }
+
+    /// The pod's host pid, or 0.
+    pub(super) fn pod_pid(&self) -> u32 {
+        self.tasks
+            .get(&self.pod.launch.sandbox_id)
+            .map_or(0, Task::pid)
     }
 
     pub(super) fn view_sandbox(&self, id: &str) -> Result<SandboxView> {

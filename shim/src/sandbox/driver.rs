@@ -220,6 +220,9 @@ impl Driver {
             (None, Change::Update(resources, reply)) => {
                 self.update(&container, ticket, resources, reply);
             }
+            (None, Change::Checkpoint(to, reply)) => {
+                self.checkpoint(&container, ticket, to, reply);
+            }
             (Some(exec), Change::AddExec(request, reply)) => {
                 self.add_exec(&container, exec, ticket, *request, reply);
             }
@@ -589,6 +592,7 @@ impl Change {
             | Self::Start(reply)
             | Self::Restart { reply, .. }
             | Self::Update(_, reply)
+            | Self::Checkpoint(_, reply)
             | Self::AddExec(_, reply)
             | Self::CloseStdin(reply) => drop(reply.send(Err(error))),
         }

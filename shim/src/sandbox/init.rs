@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use dyad_runtime_handler::config::Kind;
 use dyad_runtime_handler::handler::{Exit, Instance};
 use dyad_runtime_handler::migration;
-use dyad_runtime_handler::spec::{ContainerSpec, Resources, Role};
+use dyad_runtime_handler::spec::{Checkpoint, ContainerSpec, Resources, Role};
 use dyad_runtime_handler::{Error, Result};
 use log::{debug, info, warn};
 
@@ -39,10 +40,15 @@ impl Driver {
             // Always a refusal.
             self.decide(id, Request::Create)?;
         }
+        if request.checkpoint.is_some() && self.pod.launch.kind == Kind::Machine {
+            return Err(Error::Unimplemented(format!(
+                "create {id} from a checkpoint: not in a machine pod, where no process of the host is restored; create it without one, or run the pod as containers (runtimeClassName: dyad)"
+            )));
+        }
         let mut oci = spec::read(&request.bundle)?;
         let no_annotations = std::collections::HashMap::new();
         let annotations = oci.annotations().as_ref().unwrap_or(&no_annotations);
-        let identity = Identity::of(id, annotations)?;
+        let identity = self.identity(id, annotations)?;
         let launch = &self.pod.launch;
         let pod = spec::pod_info(&identity, annotations, &launch.config)?;
         if identity.role == Role::Container {
@@ -68,7 +74,7 @@ impl Driver {
         }
         if identity.role == Role::Container
             && let Some(files) = &self.files
-            && files.mount_into(&mut oci)
+            && files.share_with(&mut oci, self.pod_pid())
         {
             // The OCI runtime reads it there, now and at each start in place.
             spec::write(&request.bundle, &oci)?;
@@ -83,6 +89,7 @@ impl Driver {
             rootfs: request.rootfs.clone(),
             oci,
             stdio: dyad_runtime_handler::spec::Stdio::default(),
+            checkpoint: request.checkpoint.clone(),
         };
         Ok((identity, spec))
     }
@@ -99,6 +106,7 @@ impl Driver {
             bundle,
             rootfs,
             stdio: uris,
+            checkpoint: _,
         } = request;
         if identity.role == Role::Sandbox {
             self.done_on_source = match migration::done_on_source(&spec.pod) {
@@ -492,6 +500,41 @@ impl Driver {
         self.effect(
             async move { instance.update(&resources).await },
             move |driver, result| {
+                let _ = reply.send(result);
+                driver.finish(&container, ticket);
+            },
+        );
+    }
+
+    pub(super) fn checkpoint(
+        &mut self,
+        container: &str,
+        ticket: Ticket,
+        to: Box<Checkpoint>,
+        reply: Reply<()>,
+    ) {
+        let ready = self.task(container).and_then(|task| {
+            let instance = task.instance(container)?;
+            match task.phase.state() {
+                State::Running | State::Paused => Ok(instance),
+                state => Err(Error::FailedPrecondition(format!(
+                    "cannot checkpoint {container}: it {state}; only one that runs or is paused has something to keep"
+                ))),
+            }
+        });
+        let instance = match ready {
+            Ok(instance) => instance,
+            Err(error) => return self.refused(container, ticket, reply, error),
+        };
+        let container = container.to_owned();
+        let images = to.images.clone();
+        self.effect(
+            async move { instance.checkpoint(&to).await },
+            move |driver, result| {
+                if result.is_ok() {
+                    let container = container.clone();
+                    driver.publish(TaskEvent::Checkpointed { container, images });
+                }
                 let _ = reply.send(result);
                 driver.finish(&container, ticket);
             },

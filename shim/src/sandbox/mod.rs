@@ -29,7 +29,7 @@ use std::time::{Duration, SystemTime};
 use dyad_runtime_handler::config::Kind;
 use dyad_runtime_handler::handler::{Exit, MachineInfo, ProcessId};
 use dyad_runtime_handler::migration::MigrationParameters;
-use dyad_runtime_handler::spec::{PodInfo, Resources, RootMount};
+use dyad_runtime_handler::spec::{Checkpoint, PodInfo, Resources, RootMount};
 use dyad_runtime_handler::stats::Stats;
 use dyad_runtime_handler::{Error, Result};
 use oci_spec::runtime::Process;
@@ -53,6 +53,8 @@ pub struct CreateRequest {
     pub rootfs: Vec<RootMount>,
     /// Its init process's stdio.
     pub stdio: StdioUris,
+    /// A checkpoint that it goes on from.
+    pub checkpoint: Option<PathBuf>,
 }
 
 /// A pod without a pause container, to create.
@@ -181,6 +183,13 @@ pub enum TaskEvent {
         /// Its id.
         container: String,
     },
+    /// A container was written down.
+    Checkpointed {
+        /// Its id.
+        container: String,
+        /// Where.
+        images: PathBuf,
+    },
     /// The kernel killed for memory.
     OutOfMemory {
         /// The container's id.
@@ -202,6 +211,7 @@ impl TaskEvent {
             | Self::ExecStarted { .. }
             | Self::Paused { .. }
             | Self::Resumed { .. }
+            | Self::Checkpointed { .. }
             | Self::OutOfMemory { .. }
             | Self::Transition(_) => None,
         }
@@ -307,6 +317,7 @@ pub(crate) enum Change {
         reply: Reply<()>,
     },
     Update(Box<Resources>, Reply<()>),
+    Checkpoint(Box<Checkpoint>, Reply<()>),
     AddExec(Box<ExecRequest>, Reply<()>),
     Resize {
         width: u16,
@@ -421,6 +432,17 @@ impl Sandbox {
     pub async fn update(&self, container: String, resources: Resources) -> Result<()> {
         self.change(ProcessId::init(container), |reply| {
             Change::Update(Box::new(resources), reply)
+        })
+        .await
+    }
+
+    /// Writes a container down.
+    ///
+    /// # Errors
+    /// Of the backend; `FailedPrecondition` for one that does not run.
+    pub async fn checkpoint(&self, container: String, to: Checkpoint) -> Result<()> {
+        self.change(ProcessId::init(container), |reply| {
+            Change::Checkpoint(Box::new(to), reply)
         })
         .await
     }

@@ -11,13 +11,15 @@ use serde::{Deserialize, Serialize};
 pub(super) struct Order {
     /// For people, in `ps`.
     pub name: String,
-    /// The network namespace to be in; `None`: the host's.
+    /// The network namespace to be in; `None`: the host's, or a new one.
     pub netns: Option<PathBuf>,
     /// New namespaces.
+    pub network: bool,
+    /// See `network`.
     pub uts: bool,
-    /// See `uts`.
+    /// See `network`.
     pub ipc: bool,
-    /// See `uts`.
+    /// See `network`.
     pub pid: bool,
     /// Of the new UTS namespace.
     pub hostname: Option<String>,
@@ -46,6 +48,7 @@ impl Order {
         let mut order = Self {
             name: id.to_owned(),
             netns: find(Type::Network).and_then(|namespace| namespace.path().clone()),
+            network: find(Type::Network).is_some_and(|namespace| namespace.path().is_none()),
             uts: find(Type::Uts).is_some(),
             ipc: find(Type::Ipc).is_some(),
             pid: find(Type::Pid).is_some(),
@@ -73,7 +76,7 @@ impl Order {
             .all(|part| matches!(part, Component::Normal(_)));
         let own = match path.split('/').collect::<Vec<_>>()[..] {
             _ if !plain => false,
-            ["net", _, ..] => self.netns.is_some(),
+            ["net", _, ..] => self.netns.is_some() || self.network,
             ["fs", "mqueue", _] => self.ipc,
             [
                 "kernel",

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,6 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Gid, Uid, chdir, pivot_root, setgroups, setresgid, setresuid};
 
@@ -55,6 +56,7 @@ pub fn make() -> Result<()> {
             .context(|| format!("join network namespace {}", path.display()))?;
     }
     let mut new = CloneFlags::CLONE_NEWNS;
+    new.set(CloneFlags::CLONE_NEWNET, order.network);
     new.set(CloneFlags::CLONE_NEWUTS, order.uts);
     new.set(CloneFlags::CLONE_NEWIPC, order.ipc);
     // Of our child, not of ourselves.
@@ -62,6 +64,9 @@ pub fn make() -> Result<()> {
     unshare(new).context(|| format!("make the pod's namespaces ({new:?})"))?;
     if let Some(name) = order.hostname.as_ref().filter(|_| order.uts) {
         nix::unistd::sethostname(name).context(|| format!("set the host name {name:?}"))?;
+    }
+    if order.network {
+        loopback_up().context(|| "bring the pod's loopback interface up".into())?;
     }
     for (file, value) in &order.sysctls {
         fs::write(file, value).context(|| format!("write {value:?} to {}", file.display()))?;
@@ -79,6 +84,25 @@ pub fn make() -> Result<()> {
     io::stdout()
         .flush()
         .context(|| "tell the holder's pid".into())
+}
+
+/// As in any new network namespace (netdevice(7)): `lo` has its addresses once it is up.
+fn loopback_up() -> nix::Result<()> {
+    let socket = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // SAFETY: all zeroes are a valid ifreq: numbers, bytes, and pointers that may be null.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the descriptor is open, and the kernel only reads the whole ifreq it is given.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &request) };
+    Errno::result(done).map(drop)
 }
 
 /// Byte by byte: what follows the line is not ours.

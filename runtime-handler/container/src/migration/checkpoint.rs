@@ -339,7 +339,7 @@ impl Container {
     }
 
     /// CRIU's own words, which the OCI runtime does not hand on.
-    fn explained(&self, error: Error, log: &Path) -> Error {
+    pub(crate) fn explained(&self, error: Error, log: &Path) -> Error {
         let text = fs::read(log).unwrap_or_default();
         match words::errors(&String::from_utf8_lossy(&text)) {
             Some(words) => Error::other(self.named(error.chain()), words),

@@ -45,7 +45,7 @@ use dyad_runtime_handler::migration::{
 };
 use tokio::sync::watch;
 
-pub(crate) use self::criu::{Criu, check, find as find_criu};
+pub(crate) use self::criu::{Criu, check, find as find_criu, words};
 use self::plan::{Manifest, Volume};
 use crate::container::Container;
 use crate::handler::{Containers, Folders};

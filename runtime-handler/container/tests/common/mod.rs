@@ -51,7 +51,7 @@ pub fn run<F: Future>(test: impl FnOnce(Arc<Reaper>) -> F) -> F::Output {
 }
 
 /// `DYAD_TEST_RUNC`, the one that hack/tools built, or that on `PATH`.
-fn runc() -> PathBuf {
+pub fn runc() -> PathBuf {
     if let Some(given) = env::var_os("DYAD_TEST_RUNC") {
         return given.into();
     }
@@ -116,6 +116,8 @@ pub struct Pod {
     pub is_sandbox: bool,
     /// Whom it waits for, as a migration's target.
     pub source: Option<String>,
+    /// What it goes on from.
+    pub checkpoint: Option<PathBuf>,
     /// Of the image; the root is an overlay where it is not this container's own.
     image: PathBuf,
 }
@@ -130,6 +132,15 @@ pub struct Ends {
 impl Pod {
     /// `script` runs in busybox's sh.
     pub fn new(reaper: Arc<Reaper>, script: &str) -> Self {
+        Self::with_config(reaper, script, |_| {})
+    }
+
+    /// The same with another configuration.
+    pub fn with_config(
+        reaper: Arc<Reaper>,
+        script: &str,
+        change: impl FnOnce(&mut ContainerConfig),
+    ) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let id = format!("dyad-test-{}-{count}", std::process::id());
@@ -137,12 +148,14 @@ impl Pod {
         make_root(&temp.path().join("image"));
         fs::create_dir_all(temp.path().join("bundle/rootfs")).unwrap();
         let (sender, events) = unbounded_channel();
+        let mut config = ContainerConfig {
+            runtime: Some(runc()),
+            criu: criu(),
+            ..ContainerConfig::default()
+        };
+        change(&mut config);
         let handler = Containers::new(
-            ContainerConfig {
-                runtime: Some(runc()),
-                criu: criu(),
-                ..ContainerConfig::default()
-            },
+            config,
             Folders::below(temp.path(), &temp.path().join("cache")),
             Arc::clone(&reaper),
             sender,
@@ -180,6 +193,7 @@ impl Pod {
             name: String::new(),
             is_sandbox: false,
             source: None,
+            checkpoint: None,
         }
     }
 
@@ -291,6 +305,7 @@ impl Pod {
         let oci: Spec = serde_json::from_value(config).unwrap();
         self.handler
             .create(ContainerSpec {
+                checkpoint: self.checkpoint.clone(),
                 id: self.id.clone(),
                 containerd_namespace: NAMESPACE.into(),
                 name: self.name.clone(),

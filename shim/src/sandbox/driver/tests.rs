@@ -92,6 +92,7 @@ impl TestPod {
         )
         .unwrap();
         CreateRequest {
+            checkpoint: None,
             id: id.into(),
             bundle,
             rootfs: Vec::new(),
@@ -161,6 +162,7 @@ impl TestPod {
             }
             TaskEvent::Paused { container } => format!("paused {container}"),
             TaskEvent::Resumed { container } => format!("resumed {container}"),
+            TaskEvent::Checkpointed { container, .. } => format!("checkpointed {container}"),
             TaskEvent::OutOfMemory { container } => format!("oom {container}"),
         }
     }

@@ -10,7 +10,7 @@ use dyad_e2e::command;
 use dyad_e2e::env::repository;
 
 use super::{CONTAINERS, Case, case};
-use crate::context::{BUSYBOX, Context};
+use crate::context::{BUSYBOX, Context, Handler};
 
 pub const CASES: &[Case] =
     &[case!(the_conformance_suite_passes_as_with_the_stock_shim).on(CONTAINERS)];
@@ -35,9 +35,15 @@ const SKIPPED: [&str; 16] = [
     "MaskedPaths",
     "AppArmor",
     // containerd 2.3 wants runc's own options of a handler that maps owners, and refuses
-    // those of any other (client/task.go, getRuncOptions: "failed to get runtime v2 options").
+    // those of any other (client/task.go, getRuncOptions: "failed to get runtime v2 options"):
+    // see USER_NAMESPACES.
     "Host idmap mount support is needed.*NamespaceMode_POD",
 ];
+
+/// What a handler with runc's type and options has to pass beside.
+const USER_NAMESPACES: &str = "UserNamespaces";
+/// That handler, with Dyad as its shim (hack/lib/containerd.sh).
+const WITH_RUNCS_OPTIONS: &str = "dyad-runc";
 
 fn the_conformance_suite_passes_as_with_the_stock_shim(context: &Context<'_>) -> Result<()> {
     let mut find = Command::new("bash");
@@ -55,22 +61,31 @@ fn the_conformance_suite_passes_as_with_the_stock_shim(context: &Context<'_>) ->
         "unix://{}/containerd/containerd.sock",
         context.env.dir.display()
     );
-    let mut suite = Command::new(critest.text().trim());
-    suite
-        .args([
-            "--runtime-endpoint",
-            &endpoint,
-            "--image-endpoint",
-            &endpoint,
-        ])
-        .args(["--runtime-handler", context.handler.name()])
-        .args(["--ginkgo.skip", &SKIPPED.join("|")])
-        .args(["--ginkgo.no-color", "--ginkgo.succinct"]);
-    let done = command::run(&mut suite, b"", Duration::from_secs(280))?;
-    if !done.status.success() {
-        let out = done.text();
-        let failures: Vec<&str> = out.lines().filter(|line| line.contains("[FAIL")).collect();
-        bail!("critest failed:\n{}\n{out}", failures.join("\n"));
+    let run = |handler: &str, which: [&str; 2]| {
+        let mut suite = Command::new(critest.text().trim());
+        suite
+            .args(["--runtime-endpoint", &endpoint])
+            .args(["--image-endpoint", &endpoint])
+            .args(["--runtime-handler", handler])
+            .args(which)
+            .args(["--ginkgo.no-color", "--ginkgo.succinct"]);
+        let done = command::run(&mut suite, b"", Duration::from_secs(280))?;
+        if !done.status.success() {
+            let out = done.text();
+            let failures: Vec<&str> = out.lines().filter(|line| line.contains("[FAIL")).collect();
+            bail!(
+                "critest of {handler} failed:\n{}\n{out}",
+                failures.join("\n")
+            );
+        }
+        Ok(())
+    };
+    run(
+        context.handler.name(),
+        ["--ginkgo.skip", &SKIPPED.join("|")],
+    )?;
+    match context.handler {
+        Handler::Dyad => run(WITH_RUNCS_OPTIONS, ["--ginkgo.focus", USER_NAMESPACES]),
+        _ => Ok(()),
     }
-    Ok(())
 }

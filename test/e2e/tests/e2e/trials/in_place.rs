@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     case!(a_restarted_pod_runs_again_in_place).on(DYAD),
     case!(a_paused_pod_refuses_exec_and_looks_running_to_cri).on(OURS),
     case!(what_is_so_already_is_no_error).on(DYAD),
+    case!(a_checkpoint_leaves_a_container_running_and_a_machine_refuses_it).on(DYAD),
 ];
 
 /// Tells in which life it is, and keeps count in its writable layer.
@@ -62,6 +63,34 @@ fn a_container_starts_again_on_its_writable_layer_and_its_log(context: &Context<
 
     context.crictl.stop(&container.id, 20)?;
     same("exit code", container.exited()?.exit_code, 7)
+}
+
+fn a_checkpoint_leaves_a_container_running_and_a_machine_refuses_it(
+    context: &Context<'_>,
+) -> Result<()> {
+    let pod = context.pod()?;
+    let container = pod.run("n=0; while :; do n=$((n + 1)); echo n=$n; sleep 0.1; done")?;
+    container.says("n=2\n")?;
+    let archive = context.env.dir.join(format!("{}.tar", container.id));
+    let export = format!("--export={}", archive.display());
+    let args = ["checkpoint", export.as_str(), container.id.as_str()];
+    let done = context.crictl.run(&args, b"")?;
+    if context.handler.is_machine() {
+        same("checkpoint succeeds", done.status.success(), false)?;
+        names(&done.stderr, &["only containers of kind container"])?;
+    } else {
+        done.success("crictl checkpoint")?;
+        let size = fs::metadata(&archive)?.len();
+        fs::remove_file(&archive)?;
+        same("the archive has something in it", size > 0, true)?;
+    }
+    same(
+        "state",
+        container.status()?.state.as_str(),
+        "CONTAINER_RUNNING",
+    )?;
+    container.says("n=40\n")?;
+    Ok(())
 }
 
 fn a_pod_that_is_stopped_and_started_keeps_its_address(context: &Context<'_>) -> Result<()> {
