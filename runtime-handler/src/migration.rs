@@ -27,6 +27,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use crate::config::annotation;
 use crate::error::{Context as _, Error, Result};
@@ -189,10 +190,23 @@ pub trait Migration: Send + Sync {
 }
 
 /// The pod that `pod` is to take over, where it is a target.
-pub fn source_of(pod: &PodInfo) -> Option<&str> {
-    pod.annotations
-        .get(annotation::MIGRATION_SOURCE)
-        .map(String::as_str)
+///
+/// Backends make file and domain names of it, so it is nothing but a UUID.
+///
+/// # Errors
+/// `InvalidArgument`: the annotation is no UUID.
+pub fn source_of(pod: &PodInfo) -> Result<Option<Uuid>> {
+    let name = annotation::MIGRATION_SOURCE;
+    let Some(source) = pod.annotations.get(name) else {
+        return Ok(None);
+    };
+    match Uuid::try_parse(source) {
+        Ok(uuid) => Ok(Some(uuid)),
+        Err(error) => Err(Error::InvalidArgument(format!(
+            "annotation {name} {source:?}: {error}; name the source pod's uuid, as dyadctl state \
+             tells it"
+        ))),
+    }
 }
 
 /// The containers of a target that have done their work on the source: its init containers,
@@ -205,7 +219,7 @@ pub fn done_on_source(pod: &PodInfo) -> Result<BTreeSet<String>> {
     let Some(list) = pod.annotations.get(name) else {
         return Ok(BTreeSet::new());
     };
-    if source_of(pod).is_none() {
+    if source_of(pod)?.is_none() {
         return Err(Error::InvalidArgument(format!(
             "annotation {name} is for migration targets: set {} too, or remove it",
             annotation::MIGRATION_SOURCE
@@ -328,10 +342,11 @@ impl Tombstones {
     /// Removes those that are older than [`Self::KEEP`] at `now`.
     pub fn prune(&self, now: SystemTime) {
         for (path, tombstone) in self.all() {
-            let at = SystemTime::UNIX_EPOCH + Duration::from_secs(tombstone.unix_s);
-            if now
-                .duration_since(at)
-                .is_ok_and(|passed| passed > Self::KEEP)
+            // A time that no clock can show is none that has passed.
+            let age = SystemTime::UNIX_EPOCH
+                .checked_add(Duration::from_secs(tombstone.unix_s))
+                .and_then(|at| now.duration_since(at).ok());
+            if age.is_some_and(|age| age > Self::KEEP)
                 && let Err(error) = std::fs::remove_file(&path)
             {
                 log::warn!("remove {}: {error}", path.display());
@@ -391,9 +406,28 @@ mod tests {
         }
     }
 
+    const SOURCE: &str = "11111111-2222-5333-8444-555555555555";
+
+    #[test]
+    fn a_target_names_its_source_by_a_uuid_and_nothing_else() {
+        assert_eq!(source_of(&pod(&[])).unwrap(), None);
+        let named = |source| source_of(&pod(&[(annotation::MIGRATION_SOURCE, source)]));
+        let bare = SOURCE.replace('-', "");
+        for spelled in [SOURCE, &bare] {
+            let uuid = named(spelled).unwrap().unwrap();
+            assert_eq!(uuid.to_string(), SOURCE);
+        }
+        let up = "../../../var/lib/kubelet/plugins_registry/x";
+        let (longer, cut) = (format!("{SOURCE}/x"), format!("{SOURCE}\0"));
+        for bad in ["", ".", "..", "u", up, &longer, &cut] {
+            let error = named(bad).unwrap_err().to_string();
+            assert!(error.contains(annotation::MIGRATION_SOURCE), "{error}");
+        }
+    }
+
     #[test]
     fn a_target_names_its_init_containers() {
-        let source = (annotation::MIGRATION_SOURCE, "u");
+        let source = (annotation::MIGRATION_SOURCE, SOURCE);
         let named = |list| pod(&[source, (annotation::MIGRATION_INIT_CONTAINERS, list)]);
         assert!(done_on_source(&pod(&[source])).unwrap().is_empty());
         let done = done_on_source(&named("load, init-2")).unwrap();
@@ -453,8 +487,10 @@ mod tests {
         fence
             .put(&tombstone("new", "u2", Tombstones::KEEP.as_secs()))
             .unwrap();
+        fence.put(&tombstone("never", "u3", u64::MAX)).unwrap();
         std::fs::write(dir.path().join("migrated/x.json"), "{").unwrap();
         fence.prune(now);
+        assert!(fence.find("k8s.io", "never", "u3").is_some());
         assert_eq!(fence.find("k8s.io", "old", "u1"), None);
         assert!(fence.find("k8s.io", "new", "u2").is_some());
     }

@@ -142,7 +142,7 @@ impl RuntimeHandler for Containers {
         let root = self.pod_root(&spec.containerd_namespace, &spec.pod.sandbox_id)?;
         let is_sandbox = spec.role == Role::Sandbox;
         if is_sandbox {
-            self.meet(&spec);
+            self.meet(&spec)?;
         }
         if is_sandbox && spec.oci.process().is_none() {
             let state = root.join(&spec.id);
@@ -203,12 +203,13 @@ impl RuntimeHandler for Containers {
 
 impl Containers {
     /// Notes who the pod is, and whom it waits for.
-    fn meet(&self, spec: &ContainerSpec) {
+    fn meet(&self, spec: &ContainerSpec) -> Result<()> {
         let identity = migration::pod_uuid(&spec.containerd_namespace, &spec.pod.sandbox_id);
         let _ = self.identity.set(identity.to_string());
-        if let Some(source) = source_of(&spec.pod) {
-            let _ = self.source.set(source.to_owned());
+        if let Some(source) = source_of(&spec.pod)? {
+            let _ = self.source.set(source.to_string());
         }
+        Ok(())
     }
 
     fn awaits_source(&self) -> bool {

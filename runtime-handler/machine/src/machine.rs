@@ -185,15 +185,9 @@ impl Machine {
         let sandbox = crate::spec::sandbox(&spec.oci)?;
         let mut record = Record::new(&spec.containerd_namespace, &spec.pod.sandbox_id);
         let folder = Folder::new(&paths.state_dir, &paths.cache_dir, record.uuid);
-        if let Some(source) = migration::source_of(&spec.pod) {
+        if let Some(source) = migration::source_of(&spec.pod)? {
             // The machine keeps its name wherever it goes; the folder is the pod's.
-            record.uuid = source.parse().map_err(|error| {
-                Error::InvalidArgument(format!(
-                    "annotation {} {source:?}: {error}; it names the source's machine, as dyadctl \
-                     state tells its uuid",
-                    annotation::MIGRATION_SOURCE
-                ))
-            })?;
+            record.uuid = source;
             if libvirt.state(record.uuid).await? != Observed::Absent {
                 return Err(Error::FailedPrecondition(format!(
                     "annotation {}: machine {} is known to this node's libvirt already; a machine \
@@ -238,7 +232,7 @@ impl Machine {
     ) -> Result<Arc<Self>> {
         let uuid = record.uuid;
         let pod = machine_uuid(&record.containerd_namespace, &record.sandbox_id);
-        let waits = migration::source_of(&spec.pod).is_some();
+        let waits = migration::source_of(&spec.pod)?.is_some();
         let wanted = size::plan(
             &config,
             &sandbox.annotations,

@@ -521,9 +521,7 @@ impl Agent {
                         && position.exec == stream.exec_id
                         && position.fd == stream.fd
                 });
-                let offset = known.map_or(stream.offset, |position| {
-                    position.offset.clamp(stream.offset, stream.end)
-                });
+                let offset = goes_on_at(&stream, known)?;
                 match stream.fd {
                     0 => offsets.stdin = stream.offset,
                     1 => offsets.stdout = offset,
@@ -744,4 +742,24 @@ fn json(type_url: &str, value: &impl serde::Serialize) -> Result<Any, serde_json
         value: serde_json::to_vec(value)?,
         ..Default::default()
     })
+}
+
+/// The first byte that is still wanted of a stream in the guest, of which the host process
+/// before us had taken all below `known`.
+///
+/// # Errors
+/// `Unavailable`: the guest says what cannot be.
+fn goes_on_at(stream: &StreamState, known: Option<&Position>) -> Result<u64> {
+    if stream.offset > stream.end {
+        return Err(Error::Unavailable(
+            format!(
+                "the guest tells of a stream of {} that begins at byte {} and ends at {}",
+                stream.container_id, stream.offset, stream.end
+            ),
+            None,
+        ));
+    }
+    Ok(known.map_or(stream.offset, |position| {
+        position.offset.clamp(stream.offset, stream.end)
+    }))
 }

@@ -22,7 +22,7 @@ use crate::migrate::offer::{
 };
 use crate::migrate::whereabouts::{self, Reason, SETTLE_WITHIN, STANDSTILL, Sight, Verdict};
 use crate::migrate::xml::{self, Places};
-use crate::migrate::{Streams, emulation_blocker, older_qemu, streams};
+use crate::migrate::{Streams, check_destination, emulation_blocker, older_qemu, streams};
 use crate::network::apply as network;
 use crate::network::plan::Held;
 use crate::storage::apply as storage;
@@ -66,6 +66,7 @@ impl Machine {
     async fn get_ready(&self, parameters: &MigrationParameters) -> Result<Ready> {
         let uuid = self.record.uuid;
         let refuse = |text: String| Error::FailedPrecondition(format!("cannot migrate: {text}"));
+        check_destination(&parameters.destination)?;
         if parameters.destination == self.config.libvirt_uri {
             return Err(refuse(format!(
                 "destination {:?} is this node's own libvirt",
