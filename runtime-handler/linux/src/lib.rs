@@ -1,10 +1,11 @@
 //! What Linux gives, said once for the host and the guest: cgroups, child processes, owned
-//! descriptors and the copying of stdio.
+//! descriptors, the copying of stdio, and files that a pod can change.
 //!
 //! Both backends and the guest's init use it. It knows the contract's plain types (errors,
 //! statistics, exits) and no trait of it.
 
 pub mod cgroup;
+pub mod open_below;
 pub mod outlet;
 pub mod program;
 pub mod pump;
