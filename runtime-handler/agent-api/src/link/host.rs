@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use super::connection::{self, BATCH, Side};
 use super::frame::{self, Frame, FrameError, MAX_ANSWER, MAX_REQUEST};
+use super::message;
 use super::table::{Source, StreamError, Table};
 use super::{INPUT_CAPACITY, OUTPUT_WINDOW, StreamKey, VERSION, VSOCK_PORT, vsock};
 
@@ -35,6 +36,12 @@ pub type Opening = Pin<Box<dyn Future<Output = io::Result<(BoxReader, BoxWriter)
 const HELLO_AGAIN: Duration = Duration::from_millis(100);
 /// … up to this.
 const HELLO_AGAIN_MAX: Duration = Duration::from_secs(1);
+
+/// Bytes of a guest's words on why it refused, at most: they end in logs and in events.
+const MAX_MESSAGE: usize = 4096;
+
+/// A guest that restarts again and again is told of once in this time.
+const RESTART_TOLD: Duration = Duration::from_secs(60);
 
 /// A connection is tried again after this time, then after twice as long, and so on …
 const CONNECT_AGAIN: Duration = Duration::from_millis(20);
@@ -126,6 +133,10 @@ struct State {
     queue: VecDeque<Out>,
     /// The guest that was greeted last.
     boot_id: Option<String>,
+    /// It was logged that the guest sent what only a host sends.
+    told_of_nonsense: bool,
+    /// When it was logged last that the guest restarted.
+    restart_told: Option<Instant>,
 }
 
 enum Phase {
@@ -196,6 +207,8 @@ impl Client {
             calls: BTreeMap::new(),
             queue: VecDeque::new(),
             boot_id: None,
+            told_of_nonsense: false,
+            restart_told: None,
         };
         let shared = Arc::new(Shared {
             session: random(),
@@ -261,6 +274,7 @@ impl Client {
         let waiting = self.shared.begin(call)?;
         let payload = answered.await.map_err(|_| CallError::Closed)??;
         drop(waiting);
+        message::check::<Resp>(&payload).map_err(CallError::Message)?;
         Resp::parse_from_bytes(&payload).map_err(|e| CallError::Message(e.to_string()))
     }
 
@@ -331,6 +345,20 @@ impl OutputReader {
     pub fn ack(&self, consumed: u64) {
         self.source.done(consumed);
     }
+}
+
+/// Text that is no longer than `max` bytes.
+fn cut(mut text: String, max: usize) -> String {
+    if text.len() > max {
+        let mut end = max;
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        text.truncate(end);
+        // What it was cut from is megabytes.
+        text.shrink_to_fit();
+    }
+    text
 }
 
 /// A random number without a dependency: the standard library's hash keys are random.
@@ -443,7 +471,14 @@ impl Shared {
             .as_ref()
             .is_some_and(|known| *known != boot_id)
         {
-            log::warn!("the guest restarted: boot {boot_id}");
+            let now = Instant::now();
+            if state
+                .restart_told
+                .is_none_or(|told| now - told > RESTART_TOLD)
+            {
+                state.restart_told = Some(now);
+                log::warn!("the guest restarted");
+            }
             for call in std::mem::take(&mut state.calls).into_values() {
                 // Whoever gave up waiting needs no answer.
                 let _ = call.answer.send(Err(CallError::Restarted));
@@ -579,19 +614,22 @@ impl Shared {
                 message,
                 payload,
             } => {
+                // Only what was asked is acknowledged: a guest that answers what nobody asked,
+                // and never reads, would fill the queue.
                 if let Some(call) = state.calls.remove(&id) {
                     let answer = match ttrpc::Code::from_i32(code) {
                         Some(ttrpc::Code::OK) => Ok(payload),
                         code => {
                             let code = code.unwrap_or(ttrpc::Code::UNKNOWN);
+                            let message = cut(message, MAX_MESSAGE);
                             Err(CallError::Status { code, message })
                         }
                     };
                     // Whoever gave up waiting needs no answer.
                     let _ = call.answer.send(answer);
+                    state.queue.push_back(Out::Answered(id));
+                    self.table.wake.notify_one();
                 }
-                state.queue.push_back(Out::Answered(id));
-                self.table.wake.notify_one();
             }
             Frame::Data {
                 key,
@@ -617,7 +655,10 @@ impl Shared {
             // A late answer to a HELLO that was said twice.
             Frame::HelloAck { .. } => {}
             frame @ (Frame::Hello { .. } | Frame::Request { .. } | Frame::Answered { .. }) => {
-                log::warn!("the guest sent {frame:?}, which only a host sends");
+                let kind = frame.kind();
+                if !std::mem::replace(&mut state.told_of_nonsense, true) {
+                    log::warn!("the guest sent a {kind} frame, which only a host sends");
+                }
             }
         }
     }

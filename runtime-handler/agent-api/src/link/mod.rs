@@ -48,6 +48,7 @@ pub mod fd;
 mod frame;
 pub mod guest;
 pub mod host;
+mod message;
 pub mod port;
 mod stream;
 mod table;
@@ -56,7 +57,7 @@ pub mod vsock;
 #[cfg(test)]
 mod tests;
 
-pub use frame::{Frame, FrameError, MAX_ANSWER, MAX_CHUNK, MAX_REQUEST};
+pub use frame::{Decoder, Frame, FrameError, MAX_ANSWER, MAX_CHUNK, MAX_ID, MAX_REQUEST, encode};
 pub use table::{StreamError, StreamState};
 
 /// What HELLO names; both sides must have the same.

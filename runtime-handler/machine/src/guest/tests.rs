@@ -408,10 +408,13 @@ fn a_stream_goes_on_within_what_the_guest_holds_or_is_refused() {
         (9, 9, Some(0), 9),
     ] {
         let had = had.map(known);
-        let at = goes_on_at(&stream(offset, end), had.as_ref()).expect("within");
-        assert_eq!(at, goes_on);
+        let streams = checked(vec![stream(offset, end)]).expect("possible");
+        assert_eq!(goes_on_at(&streams[0], had.as_ref()), goes_on);
     }
     // Such a guest made the target's shim panic.
-    let error = goes_on_at(&stream(10, 5), Some(&known(7))).expect_err("refused");
-    assert!(error.to_string().contains("begins at byte 10"), "{error}");
+    for (offset, end) in [(10, 5), (0, u64::MAX), (u64::MAX, u64::MAX)] {
+        let error = checked(vec![stream(offset, end)]).expect_err("refused");
+        assert!(error.to_string().contains("begins at byte"), "{error}");
+    }
+    checked(vec![stream(0, 0); STREAMS_MAX + 1]).expect_err("too many");
 }
