@@ -37,6 +37,8 @@ pub struct Containers {
     pub(crate) criu: OnceCell<Criu>,
     /// Who the pod is ([`crate::pod_uuid`]).
     pub(crate) identity: OnceLock<String>,
+    /// The pod's namespace; empty outside Kubernetes.
+    pub(crate) kubernetes_namespace: OnceLock<String>,
     /// Whom it waits for, as a migration's target.
     pub(crate) source: OnceLock<String>,
     /// Its source has come.
@@ -90,6 +92,7 @@ impl Containers {
             hierarchies: OnceLock::new(),
             criu: OnceCell::new(),
             identity: OnceLock::new(),
+            kubernetes_namespace: OnceLock::new(),
             source: OnceLock::new(),
             source_came: AtomicBool::new(false),
             sandbox: Mutex::new(None),
@@ -206,6 +209,7 @@ impl Containers {
     fn meet(&self, spec: &ContainerSpec) -> Result<()> {
         let identity = migration::pod_uuid(&spec.containerd_namespace, &spec.pod.sandbox_id);
         let _ = self.identity.set(identity.to_string());
+        let _ = self.kubernetes_namespace.set(spec.pod.namespace.clone());
         if let Some(source) = source_of(&spec.pod)? {
             let _ = self.source.set(source.to_string());
         }

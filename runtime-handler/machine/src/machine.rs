@@ -102,6 +102,8 @@ pub enum Boot {
 /// A pod's machine.
 pub struct Machine {
     config: Arc<MachineConfig>,
+    /// The pod's; empty outside Kubernetes.
+    kubernetes_namespace: String,
     paths: Paths,
     record: Record,
     folder: Folder,
@@ -338,6 +340,7 @@ impl Machine {
         }
         let machine = Arc::new(Self {
             config,
+            kubernetes_namespace: spec.pod.namespace.clone(),
             paths,
             record,
             folder,

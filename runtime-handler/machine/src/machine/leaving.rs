@@ -140,6 +140,7 @@ impl Machine {
         let disk_bytes = std::fs::metadata(&disk).context(look)?.len();
         let disk_used_bytes = storage::data_bytes(&disk).context(look)?;
         Ok(Wanted {
+            kubernetes_namespace: self.kubernetes_namespace.clone(),
             release: env!("CARGO_PKG_VERSION").into(),
             accelerator: self.accelerator,
             vcpus: self.info().vcpus,
