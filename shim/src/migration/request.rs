@@ -127,4 +127,20 @@ mod tests {
             assert!(error.contains(part), "{error}");
         }
     }
+
+    proptest::proptest! {
+        /// Whatever is asked, the check answers; what passes is an address.
+        #[test]
+        fn fuzz_migration_request(destination: String, uri in "(tcp|unix)://[/a-z?&=%:.]{0,8}|.{0,12}", parallel: u32) {
+            let parameters = MigrationParameters {
+                destination,
+                migrate_uri: Some(uri.clone()),
+                parallel,
+                ..MigrationParameters::default()
+            };
+            if check(&parameters).is_ok() {
+                proptest::prop_assert!(!uri.contains(['?', '&', '=', '%']), "{}", uri);
+            }
+        }
+    }
 }

@@ -235,4 +235,16 @@ mod tests {
         assert_eq!((stats.memory.limit, stats.memory.oom_kills), (u64::MAX, 1));
         assert!(super::stats(b"\xff").is_err());
     }
+
+    proptest::proptest! {
+        /// A guest's answers are bytes.
+        #[test]
+        fn fuzz_agent_answers(bytes: Vec<u8>, seconds: i64, nanos: i32) {
+            let _ = stats(&bytes);
+            if let Ok(answer) = PidsResponse::parse_from_bytes(&bytes) {
+                let _ = pids(answer);
+            }
+            time(Some(&Timestamp { seconds, nanos, ..Timestamp::default() }));
+        }
+    }
 }

@@ -439,4 +439,26 @@ mod tests {
             assert!(error.to_string().contains(part), "{error}");
         }
     }
+
+    proptest::proptest! {
+        /// A peer's messages in metadata, changed anywhere: read or refused.
+        #[test]
+        fn fuzz_offer(
+            changes in proptest::collection::vec((proptest::prelude::any::<proptest::sample::Index>(), "[<>&;{}\\[\\]:,\"0-9e.\\-]{1,4}"), 0..5),
+        ) {
+            let element = element("offer", &offer()).unwrap();
+            let mut text: Vec<char> = element.chars().collect();
+            for (at, new) in changes {
+                let at = at.index(text.len());
+                let end = (at + new.chars().count()).min(text.len());
+                text.splice(at..end, new.chars());
+            }
+            let text: String = text.into_iter().collect();
+            if let Ok(offer) = read::<Offer>("offer", &text) {
+                let _ = fits(&wanted(), &offer);
+            }
+            let _ = read::<Record>("record", &text);
+            let _ = read::<Handover>("handover", &text);
+        }
+    }
 }

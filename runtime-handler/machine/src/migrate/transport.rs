@@ -313,4 +313,19 @@ mod tests {
             assert!(error.contains(part), "{error}");
         }
     }
+
+    proptest::proptest! {
+        /// What passes tells libvirt's client where to go and nothing more.
+        #[test]
+        fn fuzz_destination(
+            uri in "(qemu|test|xen)?(\\+(tls|ssh|tcp|unix|ext))?(://)?[a-z@:.\\[\\]0-9%-]{0,8}(/system|/session)?(\\?(socket|command|no_verify)=[/a-z&=?#%]{0,6})?",
+        ) {
+            if check_destination(&uri).is_ok() {
+                proptest::prop_assert!(uri.starts_with("qemu"), "{}", uri);
+                for word in ["+ext", "command=", "no_verify=", "&", "#", "%", "/session", "://-"] {
+                    proptest::prop_assert!(!uri.contains(word), "{}", uri);
+                }
+            }
+        }
+    }
 }

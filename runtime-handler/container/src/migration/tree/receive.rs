@@ -402,4 +402,46 @@ mod tests {
             assert_eq!(receiver.make(&entry(path, kind)).is_ok(), fine, "{path}");
         }
     }
+
+    proptest::proptest! {
+        /// Nothing that a peer sends as entries changes or shows a file outside the tree.
+        #[test]
+        fn fuzz_tree_entries(entries in proptest::collection::vec(
+            ("(out|up|d|[./%a0]{0,6})(/(x|secret|[./%a2e]{0,5})){0,2}", 0_u8..6, "(/|\\.\\.|out/secret|[./a]{0,4})", 0_u32..0o10000),
+            0..24,
+        )) {
+            needs_root();
+            let temp = tempfile::tempdir().unwrap();
+            let (root, outside) = (temp.path().join("root"), temp.path().join("outside"));
+            fs::create_dir(&root).unwrap();
+            fs::create_dir(&outside).unwrap();
+            fs::write(outside.join("secret"), "s").unwrap();
+            std::os::unix::fs::symlink(&outside, root.join("out")).unwrap();
+            std::os::unix::fs::symlink("..", root.join("up")).unwrap();
+            let mut receiver = Receiver::new(&root).unwrap();
+            for (path, kind, target, mode) in entries {
+                let kind = match kind {
+                    0 => Kind::Dir,
+                    1 => Kind::File { size: 1 },
+                    2 => Kind::Symlink { target },
+                    3 => Kind::Hard { to: target },
+                    4 => Kind::Fifo,
+                    _ => Kind::Whiteout,
+                };
+                let entry = Entry { mode, ..entry(&path, kind) };
+                if let Ok(Some(file)) = receiver.make(&entry) {
+                    (&file).write_all(b"x").unwrap();
+                    let _ = receiver.finish(&file, &entry);
+                }
+                if let Ok(path) = below(&entry.path) && entry.mode.is_multiple_of(7) {
+                    let _ = receiver.remove(&path);
+                }
+            }
+            let _ = receiver.end();
+            let left: Vec<_> = fs::read_dir(&outside).unwrap().map(|e| e.unwrap().file_name()).collect();
+            proptest::prop_assert_eq!(left, ["secret"]);
+            proptest::prop_assert_eq!(fs::read(outside.join("secret")).unwrap(), b"s");
+            proptest::prop_assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 2);
+        }
+    }
 }
