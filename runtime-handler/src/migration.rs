@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use crate::config::annotation;
 use crate::error::{Error, Result};
@@ -187,10 +188,23 @@ pub trait Migration: Send + Sync {
 }
 
 /// The pod that `pod` is to take over, where it is a target.
-pub fn source_of(pod: &PodInfo) -> Option<&str> {
-    pod.annotations
-        .get(annotation::MIGRATION_SOURCE)
-        .map(String::as_str)
+///
+/// Backends make file and domain names of it, so it is nothing but a UUID.
+///
+/// # Errors
+/// `InvalidArgument`: the annotation is no UUID.
+pub fn source_of(pod: &PodInfo) -> Result<Option<Uuid>> {
+    let name = annotation::MIGRATION_SOURCE;
+    let Some(source) = pod.annotations.get(name) else {
+        return Ok(None);
+    };
+    match Uuid::try_parse(source) {
+        Ok(uuid) => Ok(Some(uuid)),
+        Err(error) => Err(Error::InvalidArgument(format!(
+            "annotation {name} {source:?}: {error}; name the source pod's uuid, as dyadctl state \
+             tells it"
+        ))),
+    }
 }
 
 /// The containers of a target that have done their work on the source: its init containers,
@@ -203,7 +217,7 @@ pub fn done_on_source(pod: &PodInfo) -> Result<BTreeSet<String>> {
     let Some(list) = pod.annotations.get(name) else {
         return Ok(BTreeSet::new());
     };
-    if source_of(pod).is_none() {
+    if source_of(pod)?.is_none() {
         return Err(Error::InvalidArgument(format!(
             "annotation {name} is for migration targets: set {} too, or remove it",
             annotation::MIGRATION_SOURCE
@@ -242,9 +256,28 @@ mod tests {
         }
     }
 
+    const SOURCE: &str = "11111111-2222-5333-8444-555555555555";
+
+    #[test]
+    fn a_target_names_its_source_by_a_uuid_and_nothing_else() {
+        assert_eq!(source_of(&pod(&[])).unwrap(), None);
+        let named = |source| source_of(&pod(&[(annotation::MIGRATION_SOURCE, source)]));
+        let bare = SOURCE.replace('-', "");
+        for spelled in [SOURCE, &bare] {
+            let uuid = named(spelled).unwrap().unwrap();
+            assert_eq!(uuid.to_string(), SOURCE);
+        }
+        let up = "../../../var/lib/kubelet/plugins_registry/x";
+        let (longer, cut) = (format!("{SOURCE}/x"), format!("{SOURCE}\0"));
+        for bad in ["", ".", "..", "u", up, &longer, &cut] {
+            let error = named(bad).unwrap_err().to_string();
+            assert!(error.contains(annotation::MIGRATION_SOURCE), "{error}");
+        }
+    }
+
     #[test]
     fn a_target_names_its_init_containers() {
-        let source = (annotation::MIGRATION_SOURCE, "u");
+        let source = (annotation::MIGRATION_SOURCE, SOURCE);
         let named = |list| pod(&[source, (annotation::MIGRATION_INIT_CONTAINERS, list)]);
         assert!(done_on_source(&pod(&[source])).unwrap().is_empty());
         let done = done_on_source(&named("load, init-2")).unwrap();

@@ -99,10 +99,11 @@ impl Tombstones {
     /// Removes those that are older than [`Self::KEEP`] at `now`.
     pub fn prune(&self, now: SystemTime) {
         for (path, tombstone) in self.all() {
-            let at = SystemTime::UNIX_EPOCH + Duration::from_secs(tombstone.unix_s);
-            if now
-                .duration_since(at)
-                .is_ok_and(|passed| passed > Self::KEEP)
+            // A time that no clock can show is none that has passed.
+            let age = SystemTime::UNIX_EPOCH
+                .checked_add(Duration::from_secs(tombstone.unix_s))
+                .and_then(|at| now.duration_since(at).ok());
+            if age.is_some_and(|age| age > Self::KEEP)
                 && let Err(error) = std::fs::remove_file(&path)
             {
                 log::warn!("remove {}: {error}", path.display());

@@ -38,6 +38,8 @@ pub struct Containers {
     pub(crate) criu: OnceCell<Criu>,
     /// Who the pod is ([`dyad_runtime_handler::identity`]).
     pub(crate) identity: OnceLock<String>,
+    /// The pod's namespace; empty outside Kubernetes.
+    pub(crate) kubernetes_namespace: OnceLock<String>,
     /// Whom it waits for, as a migration's target.
     pub(crate) source: OnceLock<String>,
     /// Its source has come.
@@ -92,6 +94,7 @@ impl Containers {
             hierarchies: OnceLock::new(),
             criu: OnceCell::new(),
             identity: OnceLock::new(),
+            kubernetes_namespace: OnceLock::new(),
             source: OnceLock::new(),
             source_came: AtomicBool::new(false),
             sandbox: Mutex::new(None),
@@ -147,7 +150,7 @@ impl RuntimeHandler for Containers {
         let dirs = self.state_dirs(&spec.containerd_namespace, &spec.pod.sandbox_id)?;
         let is_sandbox = spec.role == Role::Sandbox;
         if is_sandbox {
-            self.meet(&spec);
+            self.meet(&spec)?;
         }
         if is_sandbox && spec.oci.process().is_none() {
             let state = dirs.pod.join(&spec.id);
@@ -207,12 +210,14 @@ impl RuntimeHandler for Containers {
 
 impl Containers {
     /// Notes who the pod is, and whom it waits for.
-    fn meet(&self, spec: &ContainerSpec) {
+    fn meet(&self, spec: &ContainerSpec) -> Result<()> {
         let identity = identity::pod_uuid(&spec.containerd_namespace, &spec.pod.sandbox_id);
         let _ = self.identity.set(identity.to_string());
-        if let Some(source) = source_of(&spec.pod) {
-            let _ = self.source.set(source.to_owned());
+        let _ = self.kubernetes_namespace.set(spec.pod.namespace.clone());
+        if let Some(source) = source_of(&spec.pod)? {
+            let _ = self.source.set(source.to_string());
         }
+        Ok(())
     }
 
     fn awaits_source(&self) -> bool {

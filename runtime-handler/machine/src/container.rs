@@ -80,11 +80,13 @@ impl Parts {
     }
 
     fn make(&self, guest_id: &str, serial: &str) -> Result<Made> {
+        let mut plan = volume_plan::plan(guest_id, &self.mounts, copy::look)?;
+        copy::resolve(&mut plan)?;
         let VolumePlan {
             mounts,
             copies,
             termination,
-        } = volume_plan::plan(guest_id, &self.mounts, copy::look)?;
+        } = plan;
         let mut oci = self.oci.clone();
         oci.set_mounts(Some(mounts));
         let options = CreateOptions {
@@ -360,10 +362,10 @@ impl Container {
         };
         let saved = async {
             let guest = termination.guest.to_string_lossy();
-            let message = agent.get_file(&guest, TERMINATION_MAX_BYTES).await?;
-            // kubelet's own file, in place: it may hold it open.
-            std::fs::write(&termination.host, message)
-                .context(|| format!("write {}", termination.host.display()))
+            let mut message = agent.get_file(&guest, TERMINATION_MAX_BYTES).await?;
+            // The guest may not keep to what was asked.
+            message.truncate(TERMINATION_MAX_BYTES as usize);
+            copy::overwrite(&termination.host, &message)
         };
         if let Err(error) = saved.await {
             warn!("termination message of {}: {}", self.id, error.chain());

@@ -78,6 +78,8 @@ const POD_DISK_SERIAL: &str = "dyad-pod";
 /// A pod's machine.
 pub struct Machine {
     config: Arc<MachineConfig>,
+    /// The pod's; empty outside Kubernetes.
+    kubernetes_namespace: String,
     paths: Paths,
     record: Record,
     folder: Folder,
@@ -143,15 +145,9 @@ impl Machine {
         let sandbox = crate::spec::sandbox(&spec.oci)?;
         let mut record = Record::new(&spec.containerd_namespace, &spec.pod.sandbox_id);
         let folder = Folder::new(&paths.state_dir, &paths.cache_dir, record.uuid);
-        if let Some(source) = migration::source_of(&spec.pod) {
+        if let Some(source) = migration::source_of(&spec.pod)? {
             // The machine keeps its name wherever it goes; the folder is the pod's.
-            record.uuid = source.parse().map_err(|error| {
-                Error::InvalidArgument(format!(
-                    "annotation {} {source:?}: {error}; it names the source's machine, as dyadctl \
-                     state tells its uuid",
-                    annotation::MIGRATION_SOURCE
-                ))
-            })?;
+            record.uuid = source;
             if libvirt.state(record.uuid).await? != Observed::Absent {
                 return Err(Error::FailedPrecondition(format!(
                     "annotation {}: machine {} is known to this node's libvirt already; a machine \
@@ -184,7 +180,7 @@ impl Machine {
 
     /// Prepares, defines and begins; leaves it to the caller to undo.
     async fn make(site: Site, events: EventSender, spec: &ContainerSpec) -> Result<Arc<Self>> {
-        let waits = migration::source_of(&spec.pod).is_some();
+        let waits = migration::source_of(&spec.pod)?.is_some();
         let prepared = prepare(&site, spec).await?;
         let uuid = site.record.uuid;
         site.libvirt.define(uuid, prepared.plan.to_xml()).await?;
@@ -234,6 +230,7 @@ impl Machine {
             accelerator: prepared.plan.accelerator,
             cpu_shares: prepared.wanted.cpu_shares,
             pod_key: prepared.pod_key,
+            kubernetes_namespace: prepared.kubernetes_namespace,
             states: watch::Sender::new(State::new(waits)),
             plan: Mutex::new(prepared.plan),
             ledger: Mutex::new(Ledger::new(prepared.wanted.basis)),

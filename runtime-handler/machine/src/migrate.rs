@@ -26,4 +26,4 @@ pub mod whereabouts;
 pub mod xml;
 
 pub use emulation::{blocker as emulation_blocker, older_qemu};
-pub use transport::{Streams, streams};
+pub use transport::{Streams, check_destination, streams};

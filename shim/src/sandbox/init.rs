@@ -109,12 +109,16 @@ impl Driver {
             checkpoint: _,
         } = request;
         if identity.role == Role::Sandbox {
-            self.done_on_source = match migration::done_on_source(&spec.pod) {
-                Ok(done) => done,
-                Err(error) => return drop(reply.send(Err(error))),
-            };
+            let source = migration::source_of(&spec.pod);
+            let done = migration::done_on_source(&spec.pod);
+            match (source, done) {
+                (Ok(source), Ok(done)) => {
+                    self.incoming = source.is_some();
+                    self.done_on_source = done;
+                }
+                (Err(error), _) | (_, Err(error)) => return drop(reply.send(Err(error))),
+            }
             self.info = spec.pod.clone();
-            self.incoming = migration::source_of(&spec.pod).is_some();
         }
         // From here on something may be left, should we die.
         if let Err(error) = write_launch(&self.pod.launch, &id, identity.role, &bundle) {

@@ -26,6 +26,10 @@ pub const MAX_ANSWER: usize = 4 << 20;
 /// The most data bytes that one [`Frame::Data`] carries.
 pub const MAX_CHUNK: usize = 32 << 10;
 
+/// The longest container or exec id in a stream's name, and the longest boot id, in bytes.
+/// containerd's ids have 76 at most.
+pub const MAX_ID: usize = 1024;
+
 /// What one side says to the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Frame {
@@ -491,6 +495,21 @@ impl Decoder {
 }
 
 impl Frame {
+    /// Its type, for a log: what is in it may be megabytes of a hostile guest's.
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Frame::Hello { .. } => "HELLO",
+            Frame::HelloAck { .. } => "HELLO_ACK",
+            Frame::Resync => "RESYNC",
+            Frame::Request { .. } => "REQUEST",
+            Frame::Response { .. } => "RESPONSE",
+            Frame::Answered { .. } => "ANSWERED",
+            Frame::Data { .. } => "DATA",
+            Frame::Ack { .. } => "ACK",
+            Frame::Gone { .. } => "GONE",
+        }
+    }
+
     fn with_tail(mut self, tail: Bytes) -> Self {
         if let Frame::Request { payload: place, .. }
         | Frame::Response { payload: place, .. }
@@ -533,7 +552,7 @@ fn parse(body: &[u8]) -> Result<(Frame, usize), FrameError> {
             version: fields.u32()?,
             session: fields.u64()?,
             attempt: fields.u64()?,
-            boot_id: fields.text()?,
+            boot_id: fields.id()?,
         },
         RESYNC => Frame::Resync,
         REQUEST => Frame::Request {
@@ -617,10 +636,19 @@ impl<'a> Fields<'a> {
         Ok(text.map_err(|_| FrameError::Malformed)?.to_owned())
     }
 
+    /// Text that the receiver keeps, so it is bounded.
+    fn id(&mut self) -> Result<String, FrameError> {
+        let id = self.text()?;
+        if id.len() > MAX_ID {
+            return Err(FrameError::Malformed);
+        }
+        Ok(id)
+    }
+
     fn key(&mut self) -> Result<StreamKey, FrameError> {
-        let container_id = self.text()?;
+        let container_id = self.id()?;
         let has_exec = self.flag()?;
-        let exec_id = self.text()?;
+        let exec_id = self.id()?;
         let fd = StdFd::from_number(self.u8()?).ok_or(FrameError::Malformed)?;
         Ok(StreamKey {
             container_id,

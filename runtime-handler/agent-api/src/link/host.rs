@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use super::connection::{self, BATCH, Side};
 use super::frame::{self, Frame, FrameError, MAX_ANSWER, MAX_REQUEST};
+use super::message;
 use super::table::{Source, StreamError, Table};
 use super::{INPUT_CAPACITY, OUTPUT_WINDOW, StreamKey, VERSION, VSOCK_PORT, vsock};
 
@@ -35,6 +36,12 @@ pub type Opening = Pin<Box<dyn Future<Output = io::Result<(BoxReader, BoxWriter)
 const HELLO_AGAIN: Duration = Duration::from_millis(100);
 /// … up to this.
 const HELLO_AGAIN_MAX: Duration = Duration::from_secs(1);
+
+/// Bytes of a guest's words on why it refused, at most: they end in logs and in events.
+const MAX_MESSAGE: usize = 4096;
+
+/// A guest that restarts again and again is told of once in this time.
+const RESTART_TOLD: Duration = Duration::from_secs(60);
 
 /// A connection is tried again after this time, then after twice as long, and so on …
 const CONNECT_AGAIN: Duration = Duration::from_millis(20);
@@ -126,6 +133,10 @@ struct State {
     queue: VecDeque<Out>,
     /// The guest that was greeted last.
     boot_id: Option<String>,
+    /// It was logged that the guest sent what only a host sends.
+    told_of_nonsense: bool,
+    /// When it was logged last that the guest restarted.
+    restart_told: Option<Instant>,
 }
 
 enum Phase {
@@ -189,20 +200,7 @@ impl Client {
         F: Fn() -> Fut + Send + Sync + 'static,
         Fut: Future<Output = io::Result<(BoxReader, BoxWriter)>> + Send,
     {
-        let state = State {
-            phase: Phase::Down,
-            attempt: 0,
-            next_id: 1,
-            calls: BTreeMap::new(),
-            queue: VecDeque::new(),
-            boot_id: None,
-        };
-        let shared = Arc::new(Shared {
-            session: random(),
-            table: Arc::new(Table::default()),
-            state: Mutex::new(state),
-            status: watch::Sender::new(Status::Away),
-        });
+        let shared = Shared::new();
         let driven = Arc::clone(&shared);
         tokio::spawn(async move {
             let mut status = driven.status.subscribe();
@@ -261,6 +259,7 @@ impl Client {
         let waiting = self.shared.begin(call)?;
         let payload = answered.await.map_err(|_| CallError::Closed)??;
         drop(waiting);
+        message::check::<Resp>(&payload).map_err(CallError::Message)?;
         Resp::parse_from_bytes(&payload).map_err(|e| CallError::Message(e.to_string()))
     }
 
@@ -333,6 +332,20 @@ impl OutputReader {
     }
 }
 
+/// Text that is no longer than `max` bytes.
+fn cut(mut text: String, max: usize) -> String {
+    if text.len() > max {
+        let mut end = max;
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        text.truncate(end);
+        // What it was cut from is megabytes.
+        text.shrink_to_fit();
+    }
+    text
+}
+
 /// A random number without a dependency: the standard library's hash keys are random.
 fn random() -> u64 {
     let mut hasher = RandomState::new().build_hasher();
@@ -347,6 +360,25 @@ impl Status {
 }
 
 impl Shared {
+    fn new() -> Arc<Self> {
+        let state = State {
+            phase: Phase::Down,
+            attempt: 0,
+            next_id: 1,
+            calls: BTreeMap::new(),
+            queue: VecDeque::new(),
+            boot_id: None,
+            told_of_nonsense: false,
+            restart_told: None,
+        };
+        Arc::new(Self {
+            session: random(),
+            table: Arc::new(Table::default()),
+            state: Mutex::new(state),
+            status: watch::Sender::new(Status::Away),
+        })
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing panics while it holds the lock with half a change made.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -443,7 +475,14 @@ impl Shared {
             .as_ref()
             .is_some_and(|known| *known != boot_id)
         {
-            log::warn!("the guest restarted: boot {boot_id}");
+            let now = Instant::now();
+            if state
+                .restart_told
+                .is_none_or(|told| now - told > RESTART_TOLD)
+            {
+                state.restart_told = Some(now);
+                log::warn!("the guest restarted");
+            }
             for call in std::mem::take(&mut state.calls).into_values() {
                 // Whoever gave up waiting needs no answer.
                 let _ = call.answer.send(Err(CallError::Restarted));
@@ -579,19 +618,22 @@ impl Shared {
                 message,
                 payload,
             } => {
+                // Only what was asked is acknowledged: a guest that answers what nobody asked,
+                // and never reads, would fill the queue.
                 if let Some(call) = state.calls.remove(&id) {
                     let answer = match ttrpc::Code::from_i32(code) {
                         Some(ttrpc::Code::OK) => Ok(payload),
                         code => {
                             let code = code.unwrap_or(ttrpc::Code::UNKNOWN);
+                            let message = cut(message, MAX_MESSAGE);
                             Err(CallError::Status { code, message })
                         }
                     };
                     // Whoever gave up waiting needs no answer.
                     let _ = call.answer.send(answer);
+                    state.queue.push_back(Out::Answered(id));
+                    self.table.wake.notify_one();
                 }
-                state.queue.push_back(Out::Answered(id));
-                self.table.wake.notify_one();
             }
             Frame::Data {
                 key,
@@ -617,8 +659,128 @@ impl Shared {
             // A late answer to a HELLO that was said twice.
             Frame::HelloAck { .. } => {}
             frame @ (Frame::Hello { .. } | Frame::Request { .. } | Frame::Answered { .. }) => {
-                log::warn!("the guest sent {frame:?}, which only a host sends");
+                let kind = frame.kind();
+                if !std::mem::replace(&mut state.told_of_nonsense, true) {
+                    log::warn!("the guest sent a {kind} frame, which only a host sends");
+                }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::super::StdFd;
+    use super::*;
+
+    fn key() -> impl Strategy<Value = StreamKey> {
+        // Some of them are streams that the host has.
+        let container = prop_oneof![Just("c".to_owned()), ".{0,8}"];
+        let exec = prop_oneof![Just(None), "[a-z]{0,3}".prop_map(Some)];
+        (container, exec, 0_u8..3).prop_map(|(container_id, exec_id, fd)| StreamKey {
+            container_id,
+            exec_id,
+            fd: StdFd::from_number(fd).unwrap_or(StdFd::Stdin),
+        })
+    }
+
+    fn number() -> impl Strategy<Value = u64> {
+        prop_oneof![0_u64..300, any::<u64>(), u64::MAX - 300..=u64::MAX]
+    }
+
+    fn frame() -> impl Strategy<Value = Frame> {
+        let bytes = || vec(any::<u8>(), 0..200).prop_map(Bytes::from);
+        prop_oneof![
+            Just(Frame::Resync),
+            number().prop_map(|id| Frame::Answered { id }),
+            (number(), any::<i32>(), ".{0,20}", bytes()).prop_map(
+                |(id, code, message, payload)| Frame::Response {
+                    id,
+                    code,
+                    message,
+                    payload
+                }
+            ),
+            (key(), number(), bytes(), any::<bool>()).prop_map(|(key, offset, data, eof)| {
+                Frame::Data {
+                    key,
+                    offset,
+                    data,
+                    eof,
+                }
+            }),
+            (key(), number(), any::<u32>(), any::<bool>()).prop_map(
+                |(key, offset, window, resume)| Frame::Ack {
+                    key,
+                    offset,
+                    window,
+                    resume
+                }
+            ),
+            (key(), number(), number()).prop_map(|(key, first, end)| Frame::Gone {
+                key,
+                first,
+                end
+            }),
+            (any::<u32>(), number(), number()).prop_map(|(version, session, attempt)| {
+                Frame::HelloAck {
+                    version,
+                    session,
+                    attempt,
+                    boot_id: "b".into(),
+                }
+            }),
+        ]
+    }
+
+    proptest! {
+        /// Whatever a greeted guest says, and in whatever order, the host's half goes on.
+        #[test]
+        fn fuzz_host_half(frames in vec(frame(), 0..200), from in 0..=u64::MAX / 2) {
+            let shared = Shared::new();
+            let output = StreamKey::new("c", None, StdFd::Stdout);
+            let input = StreamKey::new("c", None, StdFd::Stdin);
+            let _output = shared.table.receiver(output, from, OUTPUT_WINDOW, false);
+            let input = shared.table.sender(input, from, INPUT_CAPACITY);
+            input.close();
+            let side = &*shared;
+            let side = &side;
+            side.greet(&mut side.lock());
+            let mut out = Vec::new();
+            for frame in frames {
+                let greeting = matches!(side.lock().phase, Phase::Greeting { .. });
+                side.fill(&mut out);
+                out.clear();
+                if greeting {
+                    let (session, attempt) = (side.session, side.lock().attempt);
+                    let boot_id = "b".to_owned();
+                    let version = VERSION;
+                    side.take(Ok(Frame::HelloAck { version, session, attempt, boot_id }));
+                }
+                side.take(Ok(frame));
+            }
+            side.fill(&mut out);
+            prop_assert!(side.lock().queue.is_empty());
+        }
+
+        /// Bytes are frames or errors, and what is encoded comes out again behind them.
+        #[test]
+        fn fuzz_link_frames(
+            garbage in vec(prop_oneof![Just(0_u8), any::<u8>()], 0..400),
+            frame in frame(),
+        ) {
+            let mut wire = garbage;
+            wire.push(0);
+            frame::encode(&frame, &mut wire);
+            let mut decoder = frame::Decoder::new(MAX_ANSWER);
+            let (mut bytes, mut last) = (wire.as_slice(), None);
+            while let Some(found) = decoder.next(&mut bytes) {
+                last = Some(found);
+            }
+            prop_assert_eq!(last, Some(Ok(frame)));
         }
     }
 }

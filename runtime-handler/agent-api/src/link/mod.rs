@@ -47,6 +47,7 @@ mod connection;
 mod frame;
 pub mod guest;
 pub mod host;
+mod message;
 pub mod port;
 mod stream;
 mod table;
@@ -55,7 +56,7 @@ pub mod vsock;
 #[cfg(test)]
 mod tests;
 
-pub use frame::{Frame, FrameError, MAX_ANSWER, MAX_CHUNK, MAX_REQUEST};
+pub use frame::{Decoder, Frame, FrameError, MAX_ANSWER, MAX_CHUNK, MAX_ID, MAX_REQUEST, encode};
 pub use table::{StreamError, StreamState};
 
 /// What HELLO names; both sides must have the same.

@@ -172,6 +172,11 @@ impl SendBuffer {
 /// A stream that is quiet gives back memory above this.
 const SHRINK_ABOVE: usize = 16 << 10;
 
+/// Received pieces that wait as they came; behind them …
+const PIECES: usize = 64;
+/// … those that together are no longer than this become one.
+const JOIN_BELOW: usize = 2 << 10;
+
 /// What became of arrived bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrived {
@@ -228,10 +233,22 @@ impl RecvBuffer {
         self.received += data.len() as u64;
         self.queued += data.len();
         if !data.is_empty() {
-            self.queue.push_back(data);
+            self.keep(data);
         }
         self.eof = eof;
         Arrived::New
+    }
+
+    /// Small pieces that nobody takes yet are joined: each takes far more memory than its
+    /// bytes, and a hostile guest sends one byte at a time.
+    fn keep(&mut self, data: Bytes) {
+        let pieces = self.queue.len();
+        match self.queue.back_mut() {
+            Some(last) if pieces > PIECES && last.len() + data.len() <= JOIN_BELOW => {
+                *last = [last.as_ref(), data.as_ref()].concat().into();
+            }
+            _ => self.queue.push_back(data),
+        }
     }
 
     /// The oldest queued piece with its offset.

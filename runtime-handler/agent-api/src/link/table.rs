@@ -71,6 +71,10 @@ struct Sender {
     buffer: SendBuffer,
     /// A turn of it is in `turns`.
     has_turn: bool,
+    /// A [`Turn::Gone`] of it is in `turns`.
+    has_gone_turn: bool,
+    /// That the other side asks for what is gone was logged.
+    gone_is_told: bool,
     failed: Option<StreamError>,
     changed: Arc<Notify>,
 }
@@ -120,6 +124,8 @@ impl Table {
         let mut sender = Sender {
             buffer: SendBuffer::new(from, capacity),
             has_turn: false,
+            has_gone_turn: false,
+            gone_is_told: false,
             failed: inner.closed.then_some(StreamError::Closed),
             changed: Arc::clone(&changed),
         };
@@ -223,6 +229,7 @@ impl Table {
         for sender in inner.senders.values_mut() {
             sender.buffer.reset();
             sender.has_turn = false;
+            sender.has_gone_turn = false;
         }
         for receiver in inner.receivers.values_mut() {
             receiver.has_turn = false;
@@ -344,6 +351,9 @@ impl Table {
                     );
                 }
                 Turn::Gone { key, first, end } => {
+                    if let Some(sender) = inner.senders.get_mut(&key) {
+                        sender.has_gone_turn = false;
+                    }
                     frame::encode(&Frame::Gone { key, first, end }, out);
                 }
             }
@@ -384,12 +394,17 @@ impl Inner {
             }
             Acked::OutOfRange => {
                 let (first, end) = (sender.buffer.base(), sender.buffer.end());
-                log::warn!("{key}: asked for byte {offset}, which is not in {first}..{end}");
-                self.turns.push_back(Turn::Gone {
-                    key: key.clone(),
-                    first,
-                    end,
-                });
+                // Once: a hostile guest asks for ever.
+                if !std::mem::replace(&mut sender.gone_is_told, true) {
+                    log::warn!("{key}: asked for byte {offset}, which is not in {first}..{end}");
+                }
+                if !std::mem::replace(&mut sender.has_gone_turn, true) {
+                    self.turns.push_back(Turn::Gone {
+                        key: key.clone(),
+                        first,
+                        end,
+                    });
+                }
             }
         }
     }

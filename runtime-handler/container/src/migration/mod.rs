@@ -60,12 +60,19 @@ pub(crate) fn sockets_dir(state_dir: &Path) -> PathBuf {
     state_dir.join("migration")
 }
 
+/// Where a pod keeps what it sends, and what it receives: its memory. Named by its own
+/// identity, also as a target, so that whoever cleans up after it knows both.
+fn scratches(folders: &Folders, identity: &str) -> [PathBuf; 2] {
+    ["out", "in"].map(|way| folders.checkpoints.join(format!("{way}-{identity}")))
+}
+
 /// Removes what an attempt of a shim that died left.
 pub(crate) fn remove_leftovers(folders: &Folders, identity: &str) {
-    let dir = folders.checkpoints.join(format!("out-{identity}"));
-    let lock = owner_lock(&dir);
-    if let Err(error) = remove_all(&dir).and_then(|()| remove_file(&lock)) {
-        log::warn!("remove {}: {error}", dir.display());
+    for dir in scratches(folders, identity) {
+        let lock = owner_lock(&dir);
+        if let Err(error) = remove_all(&dir).and_then(|()| remove_file(&lock)) {
+            log::warn!("remove {}: {error}", dir.display());
+        }
     }
 }
 
@@ -175,6 +182,18 @@ impl Containers {
         criu.await.cloned()
     }
 
+    /// Where what goes is kept.
+    fn scratch_out(&self) -> Result<Scratch> {
+        let [dir, _] = scratches(&self.folders, &self.identity()?);
+        Scratch::new(dir)
+    }
+
+    /// Where what comes is kept.
+    fn scratch_in(&self) -> Result<Scratch> {
+        let [_, dir] = scratches(&self.folders, &self.identity()?);
+        Scratch::new(dir)
+    }
+
     /// What both sides say of themselves.
     async fn describe(
         &self,
@@ -186,6 +205,7 @@ impl Containers {
             containers.insert(name.clone(), container.describe().await?);
         }
         Ok(Manifest {
+            kubernetes_namespace: self.kubernetes_namespace.get().cloned().unwrap_or_default(),
             dyad: env!("CARGO_PKG_VERSION").into(),
             arch: std::env::consts::ARCH.into(),
             cpu_flags: cpu_flags()?,
@@ -335,6 +355,26 @@ mod tests {
         job.commit().unwrap();
         let error = job.cancel().unwrap_err().to_string();
         assert!(error.contains("wait for its answer"), "{error}");
+    }
+
+    #[test]
+    fn nothing_of_a_pod_s_memory_stays_after_a_source_or_a_target_died() {
+        let dir = tempfile::tempdir().unwrap();
+        let folders = Folders::below(&dir.path().join("run"), dir.path());
+        let scratch = |identity: &str| scratches(&folders, identity).map(Scratch::new);
+        let died = scratch("1111").map(Result::unwrap);
+        let other = scratch("2222").map(Result::unwrap);
+        died.into_iter().for_each(std::mem::forget);
+        remove_leftovers(&folders, "1111");
+        let mut left: Vec<_> = fs::read_dir(&folders.checkpoints)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.is_dir())
+            .map(|path| path.file_name().unwrap().to_owned())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["in-2222", "out-2222"]);
+        drop(other);
     }
 
     #[test]

@@ -32,6 +32,8 @@ const SHARED: [&str; 10] = [
 pub(crate) struct Manifest {
     /// Version of the program, for people.
     pub dyad: String,
+    /// The pod's namespace; empty outside Kubernetes.
+    pub kubernetes_namespace: String,
     pub arch: String,
     pub cpu_flags: BTreeSet<String>,
     /// CRIU's version.
@@ -172,6 +174,14 @@ pub(crate) fn blocker(spec: &Spec, terminal: bool) -> Option<String> {
 /// All that is in the way, as one text.
 pub(crate) fn compare(source: &Manifest, target: &Manifest) -> std::result::Result<(), String> {
     let mut found = Vec::new();
+    // Whoever may make pods of this namespace may have this one's memory; nobody else. Names
+    // cannot be compared: two pods of a cluster have two.
+    if source.kubernetes_namespace != target.kubernetes_namespace {
+        found.push(format!(
+            "the target pod is of the namespace {:?}, the source of {:?}: make the target in the same namespace",
+            target.kubernetes_namespace, source.kubernetes_namespace
+        ));
+    }
     if source.arch != target.arch {
         found.push(format!(
             "the target's processors are {}, the source's {}",
@@ -298,6 +308,7 @@ mod tests {
         };
         Manifest {
             dyad: "0.1.0".into(),
+            kubernetes_namespace: "default".into(),
             arch: "x86_64".into(),
             cpu_flags: ["avx".to_owned(), "avx2".to_owned()].into(),
             criu: (4, 2),
@@ -311,7 +322,11 @@ mod tests {
     fn every_difference_that_matters_is_named() {
         type Change = fn(&mut Manifest, &mut Manifest);
         assert_eq!(compare(&manifest(), &manifest()), Ok(()));
-        let changes: [(Change, &str); 15] = [
+        let changes: [(Change, &str); 16] = [
+            (
+                |_, t| t.kubernetes_namespace = "tenant-b".into(),
+                "namespace \"tenant-b\"",
+            ),
             (|_, t| t.arch = "aarch64".into(), "processors are aarch64"),
             (
                 |_, t| {

@@ -78,7 +78,7 @@ impl Containers {
         .map(drop)
     }
 
-    fn identity(&self) -> Result<String> {
+    pub(super) fn identity(&self) -> Result<String> {
         self.identity
             .get()
             .cloned()
@@ -184,11 +184,7 @@ impl Containers {
             memory_bytes,
             meter,
             job,
-            scratch: Scratch::new(
-                self.folders
-                    .checkpoints
-                    .join(format!("out-{}", self.identity()?)),
-            )?,
+            scratch: self.scratch_out()?,
         };
         let copied = tokio::select! {
             biased;

@@ -23,7 +23,6 @@ use dyad_runtime_handler::handler::ProcessId;
 use dyad_runtime_handler::migration::Arrival;
 use tokio::time::timeout;
 
-use super::Scratch;
 use super::criu::Criu;
 use super::plan::{self, Manifest, Volume};
 use super::transport::Listener;
@@ -34,6 +33,9 @@ use crate::handler::{Containers, check_name};
 
 /// A peer that was let in says who it is within this.
 const GREETING: Duration = Duration::from_secs(60);
+
+/// What a source sends without waiting for an answer comes within this.
+const AT_ONCE: Duration = Duration::from_secs(10);
 
 type Members = BTreeMap<String, Arc<Container>>;
 
@@ -56,18 +58,18 @@ impl Containers {
             Error::FailedPrecondition("this pod waits for no migration source".into())
         })?;
         let criu = self.criu().await?;
-        let listener =
+        let mut listener =
             Listener::bind(&self.folders.sockets, source, &self.config, &self.reaper).await?;
         let mut guest = loop {
-            let wire = listener.accept().await;
-            match self.let_in(wire, source, &criu).await {
+            let (wire, hello) = listener.accept().await;
+            match self.let_in(wire, hello, source, &criu).await {
                 Ok(Some(guest)) => break guest,
                 Ok(None) => {}
                 Err(error) => log::warn!("a migration peer is turned away: {}", error.chain()),
             }
         };
         let members = self.members();
-        let scratch = Scratch::new(self.folders.checkpoints.join(format!("in-{source}")))?;
+        let scratch = self.scratch_in()?;
         let taken = self
             .take(&mut guest.wire, &members, &criu, &scratch.dir)
             .await;
@@ -95,9 +97,14 @@ impl Containers {
     }
 
     /// Talks to a peer up to where it moves in; `None`: it only asked.
-    async fn let_in(&self, mut wire: Wire, source: &str, criu: &Criu) -> Result<Option<Guest>> {
+    async fn let_in(
+        &self,
+        mut wire: Wire,
+        hello: Message,
+        source: &str,
+        criu: &Criu,
+    ) -> Result<Option<Guest>> {
         let greeting = async {
-            let hello = wire.receive().await?;
             let Message::Hello {
                 protocol,
                 source: theirs,
@@ -147,7 +154,11 @@ impl Containers {
                 "it speaks version {PROTOCOL} of the migration protocol, the source {protocol}: use the same release of dyad on both nodes"
             )));
         }
-        let manifest: Manifest = match wire.receive().await? {
+        // It comes with the greeting, so a peer that keeps it back keeps others waiting.
+        let manifest = timeout(AT_ONCE, wire.receive())
+            .await
+            .unwrap_or_else(|_| Err(broken("no manifest came".into())))?;
+        let manifest: Manifest = match manifest {
             Message::Manifest(manifest) => *manifest,
             other => return Err(other.unexpected("the manifest")),
         };
@@ -304,7 +315,7 @@ fn receiver(place: &Place, members: &Members, scratch: &Path) -> Result<Receiver
 
 /// Tells the outcome to a source that has not heard it, until it knows: as long as this
 /// process lives, since a source that finds nobody runs the pod again.
-async fn answer(listener: Listener, mut guest: Guest, outcome: Outcome, told: bool) {
+async fn answer(mut listener: Listener, mut guest: Guest, outcome: Outcome, told: bool) {
     if told && matches!(guest.wire.receive().await, Ok(Message::Known)) {
         return;
     }
@@ -312,8 +323,8 @@ async fn answer(listener: Listener, mut guest: Guest, outcome: Outcome, told: bo
     drop(wire);
     log::warn!("the migration source may not know that the pod runs here; waiting for it to ask");
     loop {
-        let mut wire = listener.accept().await;
-        match answer_one(&mut wire, &attempt, &outcome).await {
+        let (mut wire, hello) = listener.accept().await;
+        match answer_one(&mut wire, hello, &attempt, &outcome).await {
             Ok(true) => return,
             Ok(false) => {}
             Err(error) => log::debug!("tell the outcome: {}", error.chain()),
@@ -322,9 +333,13 @@ async fn answer(listener: Listener, mut guest: Guest, outcome: Outcome, told: bo
 }
 
 /// Whether the source of this attempt knows now.
-async fn answer_one(wire: &mut Wire, attempt: &str, outcome: &Outcome) -> Result<bool> {
+async fn answer_one(
+    wire: &mut Wire,
+    hello: Message,
+    attempt: &str,
+    outcome: &Outcome,
+) -> Result<bool> {
     let talk = async {
-        let hello = wire.receive().await?;
         match &hello {
             Message::Hello {
                 attempt: theirs,

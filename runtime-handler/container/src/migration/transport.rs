@@ -7,6 +7,7 @@
 //!                                           got is in <source>.address beside the socket
 //! ```
 
+use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::net::SocketAddr;
@@ -24,10 +25,11 @@ use dyad_runtime_handler::error::{Context, Error, Result};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::destination::Destination;
-use super::wire::Wire;
+use super::wire::{Message, Wire, broken};
 use crate::tls;
 
 /// For a connection.
@@ -38,6 +40,12 @@ const SECURED: Duration = Duration::from_secs(15);
 const REASON_MAX: usize = 4096;
 /// How long a pod that waited for the same source, and is being deleted, may take to go.
 const LEAVING: Duration = Duration::from_secs(5);
+/// A peer says who it is within this, its handshake included.
+const HELLO: Duration = Duration::from_secs(20);
+/// Peers that are heard at once.
+const PEERS_MAX: usize = 16;
+/// Peers that are turned away are logged once in this time.
+const LOGGED: Duration = Duration::from_secs(10);
 /// A peer whose host is gone is noticed after this.
 const DEAD: Duration = Duration::from_secs(30);
 
@@ -235,9 +243,19 @@ impl Tls {
 }
 
 /// Waits for a source.
+///
+/// Anybody on the network may connect, and then say nothing. So all peers are heard at
+/// once, up to [`PEERS_MAX`]; one more ends the one that has said nothing for longest, for an
+/// honest one is quick.
 pub(crate) struct Listener {
     unix: UnixListener,
-    net: Option<(TcpListener, Option<Tls>)>,
+    net: Option<(TcpListener, Option<Arc<Tls>>)>,
+    /// Those that have not said who they are.
+    peers: JoinSet<Result<(Wire, Message)>>,
+    /// The same, the oldest first.
+    order: VecDeque<AbortHandle>,
+    /// When a peer that was turned away was logged last.
+    logged: Option<Instant>,
     /// Gone with it.
     _files: Files,
 }
@@ -319,49 +337,95 @@ impl Listener {
                     .add(file)
                     .context(|| "look at the address file".into())?;
                 log::info!("waiting for {source} on {address}");
-                Some((listener, tls))
+                Some((listener, tls.map(Arc::new)))
             }
         };
         Ok(Self {
             unix,
             net,
+            peers: JoinSet::new(),
+            order: VecDeque::new(),
+            logged: None,
             _files: files,
         })
     }
 
-    /// The next peer that may talk to us; others are turned away and reported.
-    pub(crate) async fn accept(&self) -> Wire {
+    /// The next peer that may talk to us, and the first it says; others are turned away and
+    /// reported. Cancel safe.
+    pub(crate) async fn accept(&mut self) -> (Wire, Message) {
         loop {
-            match self.accept_one().await {
-                Ok(wire) => return wire,
-                Err(error) => log::warn!("a migration peer is turned away: {}", error.chain()),
+            let from_net = async {
+                match &self.net {
+                    Some((listener, tls)) => (listener.accept().await, tls.clone()),
+                    None => std::future::pending().await,
+                }
+            };
+            let turned_away = tokio::select! {
+                Some(heard) = self.peers.join_next() => match heard {
+                    Ok(Ok(peer)) => return peer,
+                    Ok(Err(error)) => Some(error),
+                    // It made room for another.
+                    Err(_) => None,
+                },
+                accepted = self.unix.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        self.hear(async move { same_user(&stream).map(|()| Wire::new(stream)) });
+                        None
+                    }
+                    Err(error) => Some(accept_failed(error).await),
+                },
+                (accepted, tls) = from_net => match accepted {
+                    Ok((stream, _)) => {
+                        self.hear(secure(stream, tls));
+                        None
+                    }
+                    Err(error) => Some(accept_failed(error).await),
+                },
+            };
+            if let Some(error) = turned_away {
+                self.log(&error);
             }
         }
     }
 
-    async fn accept_one(&self) -> Result<Wire> {
-        let accept = || "accept a migration peer".to_owned();
-        let from_net = async {
-            match &self.net {
-                Some((listener, tls)) => (listener.accept().await, tls),
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            accepted = self.unix.accept() => {
-                let (stream, _) = accepted.context(accept)?;
-                same_user(&stream)?;
-                Ok(Wire::new(stream))
-            }
-            (accepted, tls) = from_net => {
-                let (stream, _) = accepted.context(accept)?;
-                notice_death(&stream)?;
-                let Some(tls) = tls else {
-                    return Ok(Wire::new(stream));
-                };
-                Ok(Wire::new(tls.accept(stream).await?))
-            }
+    fn hear(&mut self, secured: impl Future<Output = Result<Wire>> + Send + 'static) {
+        self.order.retain(|peer| !peer.is_finished());
+        if self.order.len() >= PEERS_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            oldest.abort();
         }
+        let heard = async {
+            let mut wire = secured.await?;
+            let hello = wire.receive().await?;
+            Ok((wire, hello))
+        };
+        self.order.push_back(self.peers.spawn(async {
+            timeout(HELLO, heard)
+                .await
+                .unwrap_or_else(|_| Err(broken("nothing came".into())))
+        }));
+    }
+
+    fn log(&mut self, error: &Error) {
+        if self.logged.is_none_or(|logged| logged.elapsed() > LOGGED) {
+            self.logged = Some(Instant::now());
+            log::warn!("a migration peer is turned away: {}", error.chain());
+        }
+    }
+}
+
+/// A host without descriptors fails at once, again and again.
+async fn accept_failed(error: io::Error) -> Error {
+    sleep(Duration::from_millis(100)).await;
+    Error::other("accept a migration peer", error)
+}
+
+async fn secure(stream: TcpStream, tls: Option<Arc<Tls>>) -> Result<Wire> {
+    notice_death(&stream)?;
+    match tls {
+        None => Ok(Wire::new(stream)),
+        Some(tls) => Ok(Wire::new(tls.accept(stream).await?)),
     }
 }
 
@@ -406,7 +470,6 @@ async fn listen(
 
 #[cfg(test)]
 mod tests {
-    use super::super::wire::Message;
     use super::*;
 
     const SOURCE: &str = "11111111-2222-3333-4444-555555555555";
@@ -415,7 +478,7 @@ mod tests {
     async fn peers_meet_on_a_socket_that_is_roots_alone() {
         let dir = tempfile::tempdir().unwrap();
         let (config, reaper) = (ContainerConfig::default(), Reaper::start().unwrap());
-        let listener = Listener::bind(dir.path(), SOURCE, &config, &reaper)
+        let mut listener = Listener::bind(dir.path(), SOURCE, &config, &reaper)
             .await
             .unwrap();
         let path = dir.path().join(format!("{SOURCE}.sock"));
@@ -429,15 +492,18 @@ mod tests {
             .unwrap();
         assert!(again.to_string().contains("another pod"), "{again}");
         // It looked whether somebody is there, several times.
-        let looks = async { while listener.accept().await.receive().await.is_err() {} };
+        let looks = listener.accept();
         assert!(timeout(Duration::from_millis(100), looks).await.is_err());
         let destination = Destination::Unix(path.clone());
-        let (mut here, mut there) = tokio::join!(
-            async { connect(&destination, &config, &reaper).await.unwrap() },
+        let (_here, (_there, first)) = tokio::join!(
+            async {
+                let mut here = connect(&destination, &config, &reaper).await.unwrap();
+                here.send(&Message::Accept).await.unwrap();
+                here
+            },
             listener.accept()
         );
-        here.send(&Message::Accept).await.unwrap();
-        assert_eq!(there.receive().await.unwrap(), Message::Accept);
+        assert_eq!(first, Message::Accept);
         drop(listener);
         assert!(!path.exists());
         let nobody = connect(&destination, &config, &reaper).await.err().unwrap();
@@ -448,6 +514,39 @@ mod tests {
                 .await
                 .expect("a stale file is replaced"),
         );
+    }
+
+    #[tokio::test]
+    async fn peers_that_say_nothing_keep_nobody_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let reaper = Reaper::start().unwrap();
+        let config = ContainerConfig {
+            migration_clear: true,
+            migration_listen: Some("tcp://127.0.0.1:0".into()),
+            ..ContainerConfig::default()
+        };
+        let mut listener = Listener::bind(dir.path(), SOURCE, &config, &reaper)
+            .await
+            .unwrap();
+        let (net, _) = listener.net.as_ref().unwrap();
+        let port = net.local_addr().unwrap().port();
+        let destination = Destination::Tcp {
+            host: "127.0.0.1".into(),
+            port,
+        };
+        let mut silent = Vec::new();
+        for _ in 0..3 * PEERS_MAX {
+            silent.push(TcpStream::connect(("127.0.0.1", port)).await.unwrap());
+        }
+        let source = async {
+            let mut wire = connect(&destination, &config, &reaper).await.unwrap();
+            wire.send(&Message::Accept).await.unwrap();
+            wire
+        };
+        let met = async { tokio::join!(source, listener.accept()) };
+        let (_, (_, first)) = timeout(HELLO / 2, met).await.expect("heard among others");
+        assert_eq!(first, Message::Accept);
+        assert!(listener.peers.len() <= 2 * PEERS_MAX);
     }
 
     #[tokio::test]

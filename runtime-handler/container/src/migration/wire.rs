@@ -437,4 +437,40 @@ mod tests {
         );
         assert_eq!(cost(1, 0), Duration::from_secs(1));
     }
+
+    proptest::proptest! {
+        /// Bytes of a peer are messages or an error, at once and without much memory.
+        #[test]
+        fn fuzz_wire(
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300),
+            kind in 0_u8..4,
+            honest in proptest::prelude::any::<bool>(),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            runtime.block_on(async {
+                let mut sent = Vec::new();
+                if honest {
+                    // A whole frame, so that what is in it is parsed.
+                    let mut sum = crc32fast::Hasher::new();
+                    sum.update(&[kind]);
+                    sum.update(&bytes);
+                    sent.extend((bytes.len() as u32).to_le_bytes());
+                    sent.push(kind);
+                    sent.extend(sum.finalize().to_le_bytes());
+                }
+                sent.extend(&bytes);
+                for data in [false, true] {
+                    let (mut peer, own) = tokio::io::duplex(1 << 12);
+                    peer.write_all(&sent).await.unwrap();
+                    drop(peer);
+                    let mut wire = Wire::new(own);
+                    if data {
+                        let _ = wire.receive_data(100).await;
+                    } else {
+                        let _ = wire.receive().await;
+                    }
+                }
+            });
+        }
+    }
 }

@@ -164,4 +164,16 @@ mod tests {
         };
         assert_eq!(pids(answer).unwrap(), [(7, None), (8, Some("e".into()))]);
     }
+
+    proptest::proptest! {
+        /// A guest's answers are bytes.
+        #[test]
+        fn fuzz_agent_answers(bytes: Vec<u8>, seconds: i64, nanos: i32) {
+            let _ = dyad_agent_api::stats::decode(&bytes);
+            if let Ok(answer) = PidsResponse::parse_from_bytes(&bytes) {
+                let _ = pids(answer);
+            }
+            time(Some(&Timestamp { seconds, nanos, ..Timestamp::default() }));
+        }
+    }
 }

@@ -56,6 +56,12 @@ const SANDBOX: &str = "dyad.agent.v1.Sandbox";
 /// a container under software emulation, on a host busy with others, takes seconds.
 const CALL_WITHIN: Duration = Duration::from_secs(60);
 
+/// The longest version, kernel release or boot id of a guest.
+const WORD_MAX_BYTES: usize = 256;
+
+/// Streams of a guest's processes, at most: three for each.
+const STREAMS_MAX: usize = 16 << 10;
+
 /// `Any.type_url` of [`CreateOptions`].
 const CREATE_OPTIONS: &str = "dyad.agent.v1.CreateOptions";
 /// The type URLs that containerd gives these JSON values.
@@ -130,8 +136,19 @@ impl Agent {
     /// The agent's, as for every call: by what it answered, `DeadlineExceeded` when it
     /// did not, `Unavailable` when the guest or the link is gone.
     pub async fn setup(&self, request: SetupRequest) -> Result<SetupResponse> {
-        self.sandbox("Setup", request, || "set up the guest".into())
-            .await
+        let answer: SetupResponse = self
+            .sandbox("Setup", request, || "set up the guest".into())
+            .await?;
+        let words = [
+            &answer.agent_version,
+            &answer.kernel_release,
+            &answer.boot_id,
+        ];
+        // They are kept, and told to whoever asks.
+        if words.iter().any(|word| word.len() > WORD_MAX_BYTES) {
+            return Err(impossible("names itself by more than its name takes"));
+        }
+        Ok(answer)
     }
 
     /// Puts files into the guest.
@@ -521,9 +538,7 @@ impl Agent {
                         && position.exec == stream.exec_id
                         && position.fd == stream.fd
                 });
-                let offset = known.map_or(stream.offset, |position| {
-                    position.offset.clamp(stream.offset, stream.end)
-                });
+                let offset = goes_on_at(&stream, known);
                 match stream.fd {
                     0 => offsets.stdin = stream.offset,
                     1 => offsets.stdout = offset,
@@ -589,7 +604,7 @@ impl Agent {
                 "list the guest's streams".into()
             })
             .await?;
-        Ok(answer.streams)
+        checked(answer.streams)
     }
 
     fn unattended(&self) -> MutexGuard<'_, Vec<Pump>> {
@@ -743,5 +758,38 @@ fn json(type_url: &str, value: &impl serde::Serialize) -> Result<Any, serde_json
         type_url: type_url.into(),
         value: serde_json::to_vec(value)?,
         ..Default::default()
+    })
+}
+
+/// The guest's streams, as far as they can be.
+///
+/// # Errors
+/// `Unavailable`: they cannot; nobody counts with such numbers.
+fn checked(streams: Vec<StreamState>) -> Result<Vec<StreamState>> {
+    // No process has written so much; sums of it do not overflow.
+    const END_MAX: u64 = u64::MAX / 2;
+    if streams.len() > STREAMS_MAX {
+        return Err(impossible("tells of more streams than processes can have"));
+    }
+    for stream in &streams {
+        if stream.offset > stream.end || stream.end > END_MAX {
+            return Err(impossible(&format!(
+                "tells of a stream that begins at byte {} and ends at {}",
+                stream.offset, stream.end
+            )));
+        }
+    }
+    Ok(streams)
+}
+
+fn impossible(what: &str) -> Error {
+    Error::Unavailable(format!("the guest {what}"), None)
+}
+
+/// The first byte that is still wanted of a [`checked`] stream, of which the host process
+/// before us had taken all below `known`.
+fn goes_on_at(stream: &StreamState, known: Option<&Position>) -> u64 {
+    known.map_or(stream.offset, |position| {
+        position.offset.clamp(stream.offset, stream.end)
     })
 }

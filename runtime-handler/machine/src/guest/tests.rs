@@ -385,3 +385,36 @@ async fn a_reader_that_left_does_not_stop_the_process() {
     drop(type_here);
     assert!(agent.drained("cat", None, BOUND).await);
 }
+
+#[test]
+fn a_stream_goes_on_within_what_the_guest_holds_or_is_refused() {
+    let stream = |offset, end| StreamState {
+        container_id: "c".into(),
+        offset,
+        end,
+        ..Default::default()
+    };
+    let known = |offset| Position {
+        container: "c".into(),
+        exec: String::new(),
+        fd: 1,
+        offset,
+    };
+    for (offset, end, had, goes_on) in [
+        (5, 9, None, 5),
+        (5, 9, Some(3), 5),
+        (5, 9, Some(7), 7),
+        (5, 9, Some(u64::MAX), 9),
+        (9, 9, Some(0), 9),
+    ] {
+        let had = had.map(known);
+        let streams = checked(vec![stream(offset, end)]).expect("possible");
+        assert_eq!(goes_on_at(&streams[0], had.as_ref()), goes_on);
+    }
+    // Such a guest made the target's shim panic.
+    for (offset, end) in [(10, 5), (0, u64::MAX), (u64::MAX, u64::MAX)] {
+        let error = checked(vec![stream(offset, end)]).expect_err("refused");
+        assert!(error.to_string().contains("begins at byte"), "{error}");
+    }
+    checked(vec![stream(0, 0); STREAMS_MAX + 1]).expect_err("too many");
+}

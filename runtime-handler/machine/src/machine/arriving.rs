@@ -71,6 +71,7 @@ impl Machine {
             version: offer::VERSION,
             release: env!("CARGO_PKG_VERSION").into(),
             title,
+            kubernetes_namespace: self.kubernetes_namespace.clone(),
             sandbox_id: self.record.sandbox_id.clone(),
             containerd_namespace: self.record.containerd_namespace.clone(),
             accelerator: self.accelerator,

@@ -23,7 +23,7 @@ use crate::migrate::offer::{
 };
 use crate::migrate::whereabouts::{self, Reason, SETTLE_WITHIN, STANDSTILL, Sight, Verdict};
 use crate::migrate::xml::{self, Places};
-use crate::migrate::{Streams, emulation_blocker, older_qemu, streams};
+use crate::migrate::{Streams, check_destination, emulation_blocker, older_qemu, streams};
 use crate::network::apply as network;
 use crate::network::plan::Held;
 use crate::storage::apply as storage;
@@ -67,6 +67,7 @@ impl Machine {
     async fn get_ready(&self, parameters: &MigrationParameters) -> Result<Ready> {
         let uuid = self.record.uuid;
         let refuse = |text: String| Error::FailedPrecondition(format!("cannot migrate: {text}"));
+        check_destination(&parameters.destination)?;
         if parameters.destination == self.config.libvirt_uri {
             return Err(refuse(format!(
                 "destination {:?} is this node's own libvirt",
@@ -140,6 +141,7 @@ impl Machine {
         let disk_bytes = std::fs::metadata(&disk).context(look)?.len();
         let disk_used_bytes = storage::data_bytes(&disk).context(look)?;
         Ok(Wanted {
+            kubernetes_namespace: self.kubernetes_namespace.clone(),
             release: env!("CARGO_PKG_VERSION").into(),
             accelerator: self.accelerator,
             vcpus: self.info().vcpus,

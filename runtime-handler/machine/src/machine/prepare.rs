@@ -48,6 +48,7 @@ pub(super) struct Prepared {
     pub network: NetworkPlan,
     pub qemu_user: Option<QemuUser>,
     pub pod_key: Option<Uuid>,
+    pub kubernetes_namespace: String,
     /// The disk is that of the pod's last sandbox.
     pub inherited: bool,
 }
@@ -68,7 +69,7 @@ pub(super) async fn prepare(site: &Site, spec: &ContainerSpec) -> Result<Prepare
     let mut record = site.record.clone();
     let uuid = record.uuid;
     let pod = pod_uuid(&record.containerd_namespace, &record.sandbox_id);
-    let waits = migration::source_of(&spec.pod).is_some();
+    let waits = migration::source_of(&spec.pod)?.is_some();
     let wanted = size::plan(
         config,
         &sandbox.annotations,
@@ -166,6 +167,7 @@ pub(super) async fn prepare(site: &Site, spec: &ContainerSpec) -> Result<Prepare
         network,
         qemu_user: capabilities.qemu_user,
         pod_key,
+        kubernetes_namespace: spec.pod.namespace.clone(),
         inherited,
     })
 }

@@ -33,6 +33,8 @@ pub struct Offer {
     pub release: String,
     /// For people.
     pub title: String,
+    /// The target pod's namespace; empty outside Kubernetes.
+    pub kubernetes_namespace: String,
     /// The target's sandbox.
     pub sandbox_id: String,
     /// Its containerd namespace.
@@ -199,6 +201,8 @@ fn text_of(element: &str) -> std::result::Result<String, String> {
 /// The source, as far as a target must fit it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
+    /// The pod's namespace.
+    pub kubernetes_namespace: String,
     /// The source's dyad.
     pub release: String,
     /// What runs it.
@@ -227,6 +231,15 @@ pub fn fits(wanted: &Wanted, offer: &Offer) -> Result<()> {
         return refuse(format!(
             "the target runs dyad {}, this node {}: use the same release on both",
             offer.release, wanted.release
+        ));
+    }
+    // Whoever may make pods of this namespace may have this one's memory; nobody else. Names
+    // cannot be compared: two pods of a cluster have two.
+    if offer.kubernetes_namespace != wanted.kubernetes_namespace {
+        return refuse(format!(
+            "the target pod is of the namespace {:?}, this one of {:?}: make the target in the \
+             same namespace",
+            offer.kubernetes_namespace, wanted.kubernetes_namespace
         ));
     }
     if offer.accelerator != wanted.accelerator {
@@ -311,6 +324,7 @@ pub(super) fn tests_offer() -> Offer {
         version: VERSION,
         release: "0.1.0".into(),
         title: "default/web".into(),
+        kubernetes_namespace: "default".into(),
         sandbox_id: "t1".into(),
         containerd_namespace: "k8s.io".into(),
         accelerator: Accelerator::Tcg,
@@ -346,6 +360,7 @@ mod tests {
 
     fn wanted() -> Wanted {
         Wanted {
+            kubernetes_namespace: "default".into(),
             release: "0.1.0".into(),
             accelerator: Accelerator::Tcg,
             vcpus: 1,
@@ -365,8 +380,13 @@ mod tests {
     #[test]
     fn every_blocker_is_named() {
         type Change = fn(&mut Wanted, &mut Offer);
-        let table: [(Change, &str); 10] = [
+        let table: [(Change, &str); 12] = [
             (|_, o| o.release = "9".into(), "dyad 9"),
+            (
+                |_, o| o.kubernetes_namespace = "tenant-b".into(),
+                "namespace \"tenant-b\"",
+            ),
+            (|_, o| o.kubernetes_namespace.clear(), "namespace \"\""),
             (|_, o| o.accelerator = Accelerator::Kvm, "Kvm"),
             (|w, _| w.memory_mib = 512, "512"),
             (|w, _| w.vcpus = 2, "vCPUs"),
@@ -417,6 +437,28 @@ mod tests {
         ] {
             let error = read::<Offer>("offer", element).expect_err(element);
             assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+
+    proptest::proptest! {
+        /// A peer's messages in metadata, changed anywhere: read or refused.
+        #[test]
+        fn fuzz_offer(
+            changes in proptest::collection::vec((proptest::prelude::any::<proptest::sample::Index>(), "[<>&;{}\\[\\]:,\"0-9e.\\-]{1,4}"), 0..5),
+        ) {
+            let element = element("offer", &offer()).unwrap();
+            let mut text: Vec<char> = element.chars().collect();
+            for (at, new) in changes {
+                let at = at.index(text.len());
+                let end = (at + new.chars().count()).min(text.len());
+                text.splice(at..end, new.chars());
+            }
+            let text: String = text.into_iter().collect();
+            if let Ok(offer) = read::<Offer>("offer", &text) {
+                let _ = fits(&wanted(), &offer);
+            }
+            let _ = read::<Record>("record", &text);
+            let _ = read::<Handover>("handover", &text);
         }
     }
 }

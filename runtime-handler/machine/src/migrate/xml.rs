@@ -399,4 +399,35 @@ mod tests {
         assert!(find(SOURCE).expect("XML").blockers.is_empty());
         assert!(find("<domain><devices></domain>").is_err());
     }
+
+    proptest::proptest! {
+        /// A peer's XML, changed anywhere: it is read and rewritten, or refused.
+        #[test]
+        fn fuzz_migration_xml(
+            changes in proptest::collection::vec((proptest::prelude::any::<proptest::sample::Index>(), "[<>/&;\"'a-z =!\\-\\[\\]?]{0,6}"), 0..6),
+            cut in proptest::option::of(proptest::prelude::any::<proptest::sample::Index>()),
+        ) {
+            let mut xml: Vec<char> = SOURCE.chars().collect();
+            for (at, text) in changes {
+                let at = at.index(xml.len());
+                let end = (at + text.chars().count()).min(xml.len());
+                xml.splice(at..end, text.chars());
+            }
+            if let Some(cut) = cut {
+                xml.truncate(cut.index(xml.len()));
+            }
+            let xml: String = xml.into_iter().collect();
+            let _ = find(&xml);
+            let images = BTreeMap::new();
+            let _ = rewrite(&xml, Places {
+                offer: &super::super::offer::tests_offer(),
+                images: &images,
+                pod_disk_serial: "pod",
+                record: "<x/>",
+            });
+            for name in ["offer", "record"] {
+                let _ = super::super::offer::read::<Offer>(name, &xml);
+            }
+        }
+    }
 }

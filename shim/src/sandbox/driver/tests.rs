@@ -115,7 +115,10 @@ impl TestPod {
 
     /// Makes it a pod that waits for its source.
     async fn wait_for_source(&self, annotations: &[(&str, &str)]) {
-        let source = ("dyad.dev/migration-source", "u");
+        let source = (
+            "dyad.dev/migration-source",
+            "11111111-2222-5333-8444-555555555555",
+        );
         let annotations = [&[source], annotations].concat();
         let request = self.annotated("pod", "sandbox", &annotations);
         self.sandbox.create(request).await.unwrap();

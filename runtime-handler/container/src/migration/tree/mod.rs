@@ -3,8 +3,9 @@
 //! It goes twice: once while the pod runs, and then, when it is frozen, what changed
 //! since. What changed is told by inode, change time and size.
 //!
-//! The receiver believes no path: each is resolved below the tree's root by the kernel
-//! (openat2, `RESOLVE_BENEATH`), without following any link.
+//! Neither end believes a path: the container changes the tree while it is read, and a peer
+//! says what is to be made. Each is resolved below the tree's root by the kernel, without
+//! following any link ([`dyad_linux::open_below`]).
 
 mod receive;
 mod send;

@@ -8,9 +8,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use dyad_linux::open_below::Root;
 use dyad_runtime_handler::error::{Context, Result};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
 use nix::sys::stat::{Mode, SFlag, UtimensatFlags, mkdirat, mknodat, utimensat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat};
@@ -18,13 +19,18 @@ use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat
 use super::super::wire::{Message, Wire, broken};
 use super::{Entry, Kind, below, unescape};
 
+/// Bytes of the directories' attributes that are kept to a tree's end.
+const DIRS_MAX: usize = 128 << 20;
+
 /// Makes a tree's files again.
 pub(crate) struct Receiver {
-    root: OwnedFd,
+    root: Root,
     /// Only files, and the link to the set before.
     images: bool,
     /// Directories, whose times are set when nothing changes in them any more.
     dirs: Vec<(PathBuf, Entry)>,
+    /// About what they take.
+    dirs_bytes: usize,
 }
 
 impl Receiver {
@@ -33,13 +39,12 @@ impl Receiver {
     /// # Errors
     /// It cannot be opened.
     pub(crate) fn new(root: &Path) -> Result<Self> {
-        let flags = OFlag::O_DIRECTORY | OFlag::O_PATH | OFlag::O_CLOEXEC;
-        let root = nix::fcntl::open(root, flags, Mode::empty())
-            .context(|| format!("open {}", root.display()))?;
+        let root = Root::open(root).context(|| format!("open {}", root.display()))?;
         Ok(Self {
             root,
             images: false,
             dirs: Vec::new(),
+            dirs_bytes: 0,
         })
     }
 
@@ -76,15 +81,7 @@ impl Receiver {
     }
 
     fn open(&self, path: &Path, flags: OFlag, mode: Mode) -> nix::Result<OwnedFd> {
-        let how = OpenHow::new()
-            .flags(flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW)
-            .mode(mode)
-            .resolve(
-                ResolveFlag::RESOLVE_BENEATH
-                    | ResolveFlag::RESOLVE_NO_SYMLINKS
-                    | ResolveFlag::RESOLVE_NO_XDEV,
-            );
-        openat2(&self.root, path, how)
+        self.root.open_below(path, flags, mode)
     }
 
     /// The directory that `path` is in, and its name there.
@@ -117,7 +114,7 @@ impl Receiver {
             if entry.kind != Kind::Dir {
                 return Err(broken("the root of a tree is no directory".into()));
             }
-            self.dirs.push((PathBuf::from("."), entry.clone()));
+            self.keep(PathBuf::from("."), entry)?;
             return Ok(None);
         }
         let path = below(&entry.path)?;
@@ -139,7 +136,7 @@ impl Receiver {
                 Err(Errno::EEXIST) => {}
                 other => other.context(context)?,
             }
-            self.dirs.push((path, entry.clone()));
+            self.keep(path, entry)?;
             return Ok(None);
         }
         self.remove(&path).context(context)?;
@@ -173,6 +170,21 @@ impl Receiver {
         }
         self.set(&at(&dir, name), entry).context(context)?;
         Ok(None)
+    }
+
+    /// Keeps a directory's attributes for the end.
+    fn keep(&mut self, path: PathBuf, entry: &Entry) -> Result<()> {
+        let xattrs = entry.xattrs.iter();
+        let xattrs: usize = xattrs.map(|(name, value)| name.len() + value.len()).sum();
+        self.dirs_bytes += size_of::<(PathBuf, Entry)>() + 2 * entry.path.len() + xattrs;
+        if self.dirs_bytes > DIRS_MAX {
+            return Err(broken(format!(
+                "the tree's directories take more than {} MiB to describe",
+                DIRS_MAX >> 20
+            )));
+        }
+        self.dirs.push((path, entry.clone()));
+        Ok(())
     }
 
     fn finish(&self, file: &File, entry: &Entry) -> Result<()> {
@@ -358,6 +370,19 @@ mod tests {
     }
 
     #[test]
+    fn directories_without_end_are_refused() {
+        needs_root();
+        let temp = tempfile::tempdir().unwrap();
+        let mut receiver = Receiver::new(temp.path()).unwrap();
+        let mut dir = entry("d", Kind::Dir);
+        let value = "x".repeat(4 << 20);
+        dir.xattrs.insert("user.x".into(), value);
+        let refused = (0..100).find_map(|_| receiver.make(&dir).err());
+        let error = refused.expect("refused").chain();
+        assert!(error.contains("MiB to describe"), "{error}");
+    }
+
+    #[test]
     fn among_images_there_is_nothing_else() {
         let temp = tempfile::tempdir().unwrap();
         let mut receiver = Receiver::new(temp.path()).unwrap().images();
@@ -375,6 +400,48 @@ mod tests {
             ("fifo", Kind::Fifo, false),
         ] {
             assert_eq!(receiver.make(&entry(path, kind)).is_ok(), fine, "{path}");
+        }
+    }
+
+    proptest::proptest! {
+        /// Nothing that a peer sends as entries changes or shows a file outside the tree.
+        #[test]
+        fn fuzz_tree_entries(entries in proptest::collection::vec(
+            ("(out|up|d|[./%a0]{0,6})(/(x|secret|[./%a2e]{0,5})){0,2}", 0_u8..6, "(/|\\.\\.|out/secret|[./a]{0,4})", 0_u32..0o10000),
+            0..24,
+        )) {
+            needs_root();
+            let temp = tempfile::tempdir().unwrap();
+            let (root, outside) = (temp.path().join("root"), temp.path().join("outside"));
+            fs::create_dir(&root).unwrap();
+            fs::create_dir(&outside).unwrap();
+            fs::write(outside.join("secret"), "s").unwrap();
+            std::os::unix::fs::symlink(&outside, root.join("out")).unwrap();
+            std::os::unix::fs::symlink("..", root.join("up")).unwrap();
+            let mut receiver = Receiver::new(&root).unwrap();
+            for (path, kind, target, mode) in entries {
+                let kind = match kind {
+                    0 => Kind::Dir,
+                    1 => Kind::File { size: 1 },
+                    2 => Kind::Symlink { target },
+                    3 => Kind::Hard { to: target },
+                    4 => Kind::Fifo,
+                    _ => Kind::Whiteout,
+                };
+                let entry = Entry { mode, ..entry(&path, kind) };
+                if let Ok(Some(file)) = receiver.make(&entry) {
+                    (&file).write_all(b"x").unwrap();
+                    let _ = receiver.finish(&file, &entry);
+                }
+                if let Ok(path) = below(&entry.path) && entry.mode.is_multiple_of(7) {
+                    let _ = receiver.remove(&path);
+                }
+            }
+            let _ = receiver.end();
+            let left: Vec<_> = fs::read_dir(&outside).unwrap().map(|e| e.unwrap().file_name()).collect();
+            proptest::prop_assert_eq!(left, ["secret"]);
+            proptest::prop_assert_eq!(fs::read(outside.join("secret")).unwrap(), b"s");
+            proptest::prop_assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 2);
         }
     }
 }

@@ -1,13 +1,14 @@
 //! Reads a tree and sends what is new in it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File, Metadata};
+use std::fs::{File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use dyad_linux::open_below::{Node, Root, is_gone};
 use dyad_runtime_handler::error::{Context, Error, Result};
 
 use super::super::wire::{CHUNK, Message, Place, Wire};
@@ -45,35 +46,16 @@ impl Sent {
 }
 
 /// All files below `root`, parents first, with `.` for itself.
+///
+/// # Errors
+/// It cannot be read; there are too many.
 pub(crate) fn scan(root: &Path) -> io::Result<Vec<(PathBuf, Metadata)>> {
-    let mut found = vec![(PathBuf::from("."), fs::symlink_metadata(root)?)];
-    let mut dirs = vec![PathBuf::new()];
-    while let Some(dir) = dirs.pop() {
-        let entries = match fs::read_dir(root.join(&dir)) {
-            Ok(entries) => entries,
-            // It runs: what was there may be gone.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        for entry in entries {
-            let entry = entry?;
-            let path = dir.join(entry.file_name());
-            let Some(metadata) = gone_is_none(entry.metadata())? else {
-                continue;
-            };
-            if metadata.is_dir() {
-                dirs.push(path.clone());
-            }
-            found.push((path, metadata));
-        }
-    }
-    found[1..].sort_by(|(a, _), (b, _)| a.cmp(b));
-    Ok(found)
+    Root::open(root)?.scan()
 }
 
 fn gone_is_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if is_gone(&error) => Ok(None),
         other => other.map(Some),
     }
 }
@@ -119,12 +101,16 @@ pub(crate) async fn send(
     sent: &mut Sent,
     on_bytes: impl Fn(u64),
 ) -> Result<()> {
-    let from = root.to_owned();
     let started = SystemTime::now();
-    let files = tokio::task::spawn_blocking(move || scan(&from))
-        .await
-        .unwrap_or_else(|panic| Err(io::Error::other(panic)))
-        .context(|| format!("read {}", root.display()))?;
+    let reading = || format!("read {}", root.display());
+    let opened = Root::open(root).context(reading)?;
+    let (opened, files) = tokio::task::spawn_blocking(move || {
+        let files = opened.scan();
+        (opened, files)
+    })
+    .await
+    .map_err(|panic| Error::other(reading(), panic))?;
+    let files = files.context(reading)?;
     wire.send(&Message::Tree { place }).await?;
     let mut now = Sent::default();
     for (path, metadata) in &files {
@@ -138,21 +124,31 @@ pub(crate) async fn send(
         }
     }
     let mut first_names: HashMap<(u64, u64), PathBuf> = HashMap::new();
-    for (path, metadata) in files {
-        let full = root.join(&path);
-        let first = (metadata.is_file() && metadata.nlink() > 1).then(|| {
-            let inode = (metadata.dev(), metadata.ino());
-            first_names.entry(inode).or_insert_with(|| path.clone())
-        });
-        if sent.0.get(&path) == Some(&Some(stamp(&metadata))) {
+    for (path, seen) in files {
+        if sent.0.get(&path) == Some(&Some(stamp(&seen))) {
+            if let Some(inode) = linked(&seen) {
+                first_names.entry(inode).or_insert(path);
+            }
             continue;
         }
-        let other_name = first.filter(|first| **first != path).cloned();
-        let described = describe(&full, &path, &metadata, other_name.as_deref());
-        let Some(entry) = gone_is_none(described).context(|| format!("read {}", full.display()))?
-        else {
+        let full = root.join(&path);
+        // From here on it is one file, whatever becomes of its name.
+        let node = gone_is_none(opened.node(&path));
+        let Some(node) = node.context(|| format!("read {}", full.display()))? else {
+            // The next pass tells.
+            now.0.remove(&path);
             continue;
         };
+        if stamp(node.metadata()) != stamp(&seen) {
+            now.0.insert(path.clone(), None);
+        }
+        let inode = linked(node.metadata());
+        let first = inode.and_then(|inode| first_names.get(&inode));
+        let entry = describe(&node, &path, first.map(PathBuf::as_path))
+            .context(|| format!("read {}", full.display()))?;
+        if let (Some(inode), None) = (inode, first) {
+            first_names.insert(inode, path);
+        }
         let size = match entry.kind {
             Kind::File { size } => size,
             _ => 0,
@@ -161,13 +157,7 @@ pub(crate) async fn send(
             wire.send(&Message::Entry(entry)).await?;
             continue;
         }
-        let Some(file) =
-            gone_is_none(File::open(&full)).context(|| format!("open {}", full.display()))?
-        else {
-            // The next pass tells.
-            now.0.remove(&path);
-            continue;
-        };
+        let file = node.file().context(|| format!("open {}", full.display()))?;
         wire.send(&Message::Entry(entry)).await?;
         send_file(wire, file, size, &on_bytes)
             .await
@@ -175,6 +165,11 @@ pub(crate) async fn send(
     }
     *sent = now;
     wire.send(&Message::End).await
+}
+
+/// What tells a regular file that has several names.
+fn linked(metadata: &Metadata) -> Option<(u64, u64)> {
+    (metadata.is_file() && metadata.nlink() > 1).then(|| (metadata.dev(), metadata.ino()))
 }
 
 /// Sends `size` bytes: zeros where the file became shorter, in which case it has changed.
@@ -223,12 +218,8 @@ fn is_settled(metadata: &Metadata, now: SystemTime) -> bool {
     metadata.ctime() + (SETTLED.as_secs() as i64) < seconds
 }
 
-fn describe(
-    full: &Path,
-    path: &Path,
-    metadata: &Metadata,
-    other_name: Option<&Path>,
-) -> io::Result<Entry> {
+fn describe(node: &Node, path: &Path, other_name: Option<&Path>) -> io::Result<Entry> {
+    let metadata = node.metadata();
     let kind = metadata.file_type();
     let kind = if let Some(other) = other_name {
         Kind::Hard {
@@ -242,7 +233,7 @@ fn describe(
         }
     } else if kind.is_symlink() {
         Kind::Symlink {
-            target: escape(fs::read_link(full)?.as_os_str().as_bytes()),
+            target: escape(node.link()?.as_os_str().as_bytes()),
         }
     } else if kind.is_fifo() {
         Kind::Fifo
@@ -256,7 +247,8 @@ fn describe(
         ));
     };
     let mut xattrs = BTreeMap::new();
-    for name in unsupported_is_none(xattr::list(full))?
+    let its_own = node.proc_path();
+    for name in unsupported_is_none(xattr::list_deref(&its_own))?
         .into_iter()
         .flatten()
     {
@@ -267,7 +259,7 @@ fn describe(
             ));
         }
         if !LOCAL_XATTRS.contains(&name.as_str())
-            && let Some(value) = xattr::get(full, &name)?
+            && let Some(value) = xattr::get_deref(&its_own, &name)?
         {
             xattrs.insert(name, escape(&value));
         }
@@ -292,6 +284,8 @@ fn unsupported_is_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use nix::fcntl::AT_FDCWD;
     use nix::sys::stat::{Mode, SFlag, mknodat};
 
@@ -331,13 +325,8 @@ mod tests {
         )
         .unwrap();
         assert_eq!(devices(temp.path()).unwrap(), [PathBuf::from("null")]);
-        let metadata = fs::symlink_metadata(temp.path().join("null")).unwrap();
-        let error = describe(
-            &temp.path().join("null"),
-            Path::new("null"),
-            &metadata,
-            None,
-        );
+        let node = Node::open(&temp.path().join("null")).unwrap();
+        let error = describe(&node, Path::new("null"), None);
         assert!(error.unwrap_err().to_string().contains("device file"));
     }
 }

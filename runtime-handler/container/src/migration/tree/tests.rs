@@ -4,8 +4,9 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::fcntl::AT_FDCWD;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::sys::stat::{Mode, SFlag, mknodat};
 
 use super::super::wire::{CHUNK, Message, Place, Wire};
@@ -22,12 +23,10 @@ fn place() -> Place {
 async fn pass(from: &Path, to: &Path, sent: &mut Sent) -> Result<u64> {
     let (a, b) = tokio::io::duplex(64 << 10);
     let (mut a, mut b) = (Wire::new(a), Wire::new(b));
-    let (sending, receiving) = tokio::join!(send(&mut a, place(), from, sent, |_| {}), async {
+    tokio::try_join!(send(&mut a, place(), from, sent, |_| {}), async {
         assert_eq!(b.receive().await?, Message::Tree { place: place() });
         Receiver::new(to)?.receive(&mut b, |_| {}).await
-    });
-    sending?;
-    receiving?;
+    })?;
     Ok(a.data_bytes)
 }
 
@@ -118,6 +117,72 @@ async fn a_tree_is_made_again_and_then_only_what_changed_goes() {
     let all = pass(&from, &to, &mut sent).await.unwrap();
     assert!(all > 3 * CHUNK as u64, "{all}");
     assert_eq!(listing(&to), listing(&from));
+}
+
+/// A container may do this while the source, which is root, reads its files.
+#[tokio::test]
+async fn a_directory_swapped_for_a_link_never_makes_another_ones_files_go() {
+    needs_root();
+    /// Also where an assertion fails.
+    struct Stop(
+        std::sync::Arc<AtomicBool>,
+        Option<std::thread::JoinHandle<()>>,
+    );
+    impl Drop for Stop {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+            self.1.take().map(std::thread::JoinHandle::join);
+        }
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let (from, secrets) = (temp.path().join("a"), temp.path().join("secrets"));
+    fs::create_dir_all(from.join("d")).unwrap();
+    fs::create_dir(&secrets).unwrap();
+    for number in 0..200 {
+        fs::write(from.join(format!("d/{number}")), "own").unwrap();
+        fs::write(secrets.join(number.to_string()), "the host's").unwrap();
+    }
+    let stop = std::sync::Arc::new(AtomicBool::new(false));
+    symlink(&secrets, from.join("link")).unwrap();
+    let (dir, link, told) = (from.join("d"), from.join("link"), stop.clone());
+    let swapper = std::thread::spawn(move || {
+        let exchange = || {
+            let flags = RenameFlags::RENAME_EXCHANGE;
+            renameat2(AT_FDCWD, &dir, AT_FDCWD, &link, flags).unwrap();
+        };
+        while !told.load(Ordering::Relaxed) {
+            exchange();
+            exchange();
+        }
+    });
+    let stop = Stop(stop, Some(swapper));
+    // Links are copied as links: what they lead to is not read here.
+    let contents = |root: &Path| -> Vec<_> {
+        let files = scan(root).unwrap().into_iter();
+        files
+            .filter(|(_, metadata)| metadata.is_file())
+            .map(|(path, _)| (fs::read(root.join(&path)).unwrap(), path))
+            .collect()
+    };
+    let mut sent = Sent::default();
+    let to = temp.path().join("b");
+    fs::create_dir(&to).unwrap();
+    for _ in 0..20 {
+        // A receiver may refuse what fits together no more; then the pod stays.
+        if pass(&from, &to, &mut sent).await.is_err() {
+            sent = Sent::default();
+            fs::remove_dir_all(&to).unwrap();
+            fs::create_dir(&to).unwrap();
+        }
+        for (content, path) in contents(&to) {
+            assert_eq!(content, b"own", "{}", path.display());
+        }
+    }
+    // The container is frozen: what is sent now is whole.
+    drop(stop);
+    pass(&from, &to, &mut sent).await.unwrap();
+    assert_eq!(contents(&to), contents(&from));
+    assert_eq!(contents(&to).len(), 200);
 }
 
 #[test]
