@@ -80,22 +80,32 @@ impl Machines {
         if self.current().is_some_and(|machine| !machine.is_deleted()) {
             return Err(Error::AlreadyExists(name));
         }
-        let owner = self.own(&spec)?;
-        let machine = Machine::create(
+        let (owner, folder) = self.own(&spec)?;
+        let created = Machine::create(
             Arc::clone(&self.config),
             self.paths.clone(),
             self.events.clone(),
             self.libvirt.clone(),
             &spec,
         )
-        .await?;
+        .await;
+        let machine = match created {
+            Ok(machine) => machine,
+            Err(error) => {
+                // Nothing is made before the record, so that without one the folder is empty.
+                if folder.load()?.is_none() {
+                    folder.remove()?;
+                }
+                return Err(error);
+            }
+        };
         *self.owner.lock().unwrap_or_else(PoisonError::into_inner) = Some(owner);
         *self.machine.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&machine));
         Ok(Arc::new(Sandbox::new(machine)))
     }
 
     /// Before anything else is made of the machine.
-    fn own(&self, spec: &ContainerSpec) -> Result<Owner> {
+    fn own(&self, spec: &ContainerSpec) -> Result<(Owner, Folder)> {
         let uuid = pod_uuid(&spec.containerd_namespace, &spec.pod.sandbox_id);
         let folder = Folder::new(&self.paths.state_dir, &self.paths.cache_dir, uuid);
         for dir in [
@@ -109,13 +119,14 @@ impl Machines {
         walkable_dir(&folder.dir)?;
         let path = folder.owner_lock();
         let owner = Owner::take(&path).context(|| format!("lock {}", path.display()))?;
-        owner.ok_or_else(|| {
-            Error::FailedPrecondition(format!(
+        match owner {
+            Some(owner) => Ok((owner, folder)),
+            None => Err(Error::FailedPrecondition(format!(
                 "machine of pod {}: another process has {}; wait until it has ended",
                 spec.pod.sandbox_id,
                 path.display()
-            ))
-        })
+            ))),
+        }
     }
 
     fn current(&self) -> Option<Arc<Machine>> {
