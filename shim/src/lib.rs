@@ -18,6 +18,7 @@ mod backend;
 mod bootstrap;
 pub mod config;
 mod events;
+mod files;
 mod logger;
 pub mod migration;
 mod peers;

@@ -17,8 +17,8 @@ use ttrpc::r#async::Server;
 use crate::backend::{Backend, BackendContext};
 use crate::bootstrap::launch::Launch;
 use crate::events::{Destination, Publisher};
+use crate::files::write_atomically;
 use crate::peers::Peers;
-use crate::sandbox::record::{self, Found, write_atomically};
 use crate::sandbox::{Driver, Pod, Sandbox};
 use crate::{logger, rpc};
 
@@ -133,20 +133,10 @@ async fn run(launch: Launch, listener: UnixListener, backend: Backend) -> Result
     Ok(())
 }
 
-/// The directory in which others find us; what a former server of this pod left in it
-/// and we cannot read is kept aside.
+/// The directory in which others find us.
 fn prepare_pod_dir(launch: &Launch) -> Result<()> {
     let dir = launch.pod_dir();
     crate::bootstrap::socket::create_private_dir(&dir)?;
-    match record::read(&dir)? {
-        Found::Unreadable { kept_at, reason } => {
-            warn!(
-                "the pod's record was kept aside at {}: {reason}",
-                kept_at.display()
-            );
-        }
-        Found::Nothing | Found::Record(_) => {}
-    }
     write_atomically(&dir.join(ADDRESS_FILE), launch.address().as_bytes())
 }
 

@@ -10,7 +10,7 @@ use oci_spec::runtime::Spec;
 use serde::Deserialize;
 
 use crate::config::Config;
-use crate::sandbox::record::write_atomically;
+use crate::files::write_atomically;
 
 /// CRI's annotations on every container (containerd: internal/cri/annotations): what it is.
 pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";

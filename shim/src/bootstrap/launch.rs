@@ -12,8 +12,8 @@ use dyad_runtime_handler::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
+use crate::files::write_atomically;
 use crate::pod_files;
-use crate::sandbox::record::write_atomically;
 
 const FILE: &str = "dyad.json";
 const VERSION: u32 = 1;

@@ -19,7 +19,7 @@ use super::launch::Launch;
 use super::socket::{self, Bound};
 use super::{args_bundle, program, server_process};
 use crate::config::Config;
-use crate::sandbox::record::write_atomically;
+use crate::files::write_atomically;
 use crate::spec::{Identity, read_annotations};
 
 /// Ends with a server listening, and returns the reply for containerd.

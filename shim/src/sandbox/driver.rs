@@ -1,36 +1,30 @@
-//! The sole owner of a pod's state: one loop that takes requests, backend events and
-//! the ends of effects from its queues, one at a time, and never waits in between.
-//!
-//! `init` has the steps of a container and its init process, `execs` those of further
-//! processes, both as methods of [`Driver`].
+//! The sole owner of a pod's state: one loop that takes what comes in, asks the [`Model`] what
+//! to do, and does it. It never waits for an effect; [`effects`](super::effects) has those.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use dyad_runtime_handler::config::Kind;
 use dyad_runtime_handler::handler::{
     Event, Exit, Instance, MachineEvent, ProcessId, RuntimeHandler,
 };
 use dyad_runtime_handler::spec::{PodInfo, Role};
+use dyad_runtime_handler::stats::Stats;
 use dyad_runtime_handler::{Error, Result};
 use log::{debug, error, info, warn};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
-use super::lane::{Class, Ticket};
-use super::migration::Outgoing;
-use super::record::{ContainerRecord, Record, VERSION};
-use super::state::{self, Refusal, RefusalClass, Request, State, Step};
-use super::task::{Job, Phase, Task, answer_waiters};
-use super::{Change, Command, ProcessView, Reply, TaskEvent, Transition, record};
+use super::model::change::{Action, Answer, Input, News, Token};
+use super::model::state::{self, State, TaskStatus};
+use super::model::task::{Phase, Task};
+use super::model::{Identity, Model, not_found};
+use super::{Command, Pending, PodView, ProcessView, Reply, SandboxView, TaskEvent, Transition};
 use crate::bootstrap::launch::Launch;
-use crate::migration::MigrationView;
+use crate::migration::{MigrationView, Outcome};
 use crate::pod_files::PodFiles;
-
-/// Exit status of what the machine took with it.
-const KILLED: u32 = 137;
+use crate::stdio::OpenStdio;
 
 /// What the driver knows of its pod from the start.
 #[derive(Debug, Clone)]
@@ -39,8 +33,19 @@ pub struct Pod {
     pub launch: Launch,
 }
 
-/// What an effect does to the driver's state when it has ended.
+/// What the end of an effect does to the driver.
 type Apply = Box<dyn FnOnce(&mut Driver) + Send>;
+
+/// What a container holds of the world.
+pub(super) struct Held {
+    pub(super) instance: Arc<dyn Instance>,
+    /// Open until the process has ended for good.
+    pub(super) stdio: Option<OpenStdio>,
+    /// The same, of its execs.
+    pub(super) execs: BTreeMap<String, OpenStdio>,
+    /// Its usage as it was read last.
+    pub(super) usage: Option<Stats>,
+}
 
 /// See the module.
 pub struct Driver {
@@ -50,27 +55,33 @@ pub struct Driver {
     pub(super) handler: Arc<dyn RuntimeHandler>,
     /// Of a pod without a pause container.
     pub(super) files: Option<PodFiles>,
-    pub(super) tasks: BTreeMap<String, Task>,
+    pub(super) model: Model,
+    pub(super) held: BTreeMap<String, Held>,
     commands: mpsc::UnboundedReceiver<Command>,
     backend: mpsc::UnboundedReceiver<Event>,
     effects: mpsc::UnboundedSender<Apply>,
     ended: mpsc::UnboundedReceiver<Apply>,
     publisher: mpsc::UnboundedSender<TaskEvent>,
+    /// Those who are to be answered, by the number of their [`Token`].
+    callers: HashMap<u64, Pending>,
+    next_caller: u64,
+    /// Those who wait for a process's end.
+    waiters: HashMap<ProcessId, Vec<Reply<Exit>>>,
     /// Those who watch transitions.
-    pub(super) watchers: Vec<mpsc::Sender<Transition>>,
-    /// How many transitions there were.
-    pub(super) transitions: u64,
-    /// The migration under way.
-    pub(super) outgoing: Option<Outgoing>,
+    watchers: Vec<mpsc::Sender<Transition>>,
     /// The migration under way or the last one, as it is told.
     pub(super) migrations: watch::Sender<MigrationView>,
-    /// The pod waits for its source.
-    pub(super) incoming: bool,
-    /// So, and these containers have done their work on the source, by name.
-    pub(super) done_on_source: BTreeSet<String>,
-    /// Asked to shut down when the pod's own task was gone: nobody asks again.
-    no_pod: bool,
+    /// When that began.
+    pub(super) migration_began: Instant,
     shutdown: bool,
+}
+
+/// All that had come in when a turn of the loop began.
+#[derive(Default)]
+struct Turn {
+    events: Vec<Event>,
+    ends: Vec<Apply>,
+    commands: Vec<Command>,
 }
 
 impl Driver {
@@ -83,24 +94,28 @@ impl Driver {
         publisher: mpsc::UnboundedSender<TaskEvent>,
     ) -> Self {
         let (effects, ended) = mpsc::unbounded_channel();
+        let identity = Identity {
+            kind: pod.launch.kind,
+            sandbox_id: pod.launch.sandbox_id.clone(),
+        };
         Self {
             pod,
             info: PodInfo::default(),
             handler,
             files: None,
-            tasks: BTreeMap::new(),
+            model: Model::new(identity),
+            held: BTreeMap::new(),
             commands,
             backend,
             effects,
             ended,
             publisher,
+            callers: HashMap::new(),
+            next_caller: 0,
+            waiters: HashMap::new(),
             watchers: Vec::new(),
-            transitions: 0,
-            outgoing: None,
             migrations: watch::Sender::default(),
-            incoming: false,
-            done_on_source: BTreeSet::new(),
-            no_pod: false,
+            migration_began: Instant::now(),
             shutdown: false,
         }
     }
@@ -109,31 +124,94 @@ impl Driver {
     /// ask any more.
     pub async fn run(mut self) {
         while !self.shutdown {
-            tokio::select! {
-                // What the backend saw before an effect ended is taken first.
-                biased;
-                Some(event) = self.backend.recv() => self.backend_event(event),
-                Some(apply) = self.ended.recv() => apply(&mut self),
-                command = self.commands.recv() => match command {
-                    Some(command) => self.command(command),
-                    None => return,
-                },
+            let Some(turn) = self.turn().await else {
+                return;
+            };
+            self.events(turn.events);
+            for apply in turn.ends {
+                apply(&mut self);
+            }
+            for command in turn.commands {
+                self.command(command);
+            }
+        }
+    }
+
+    /// Waits until something comes in, and takes all that is there then: so a flood of one
+    /// sort holds up no other for longer than what is there takes. `None`: nobody can ask any
+    /// more.
+    ///
+    /// What the backend saw before an effect ended is in the same turn or an earlier one, as
+    /// events are taken after ends.
+    async fn turn(&mut self) -> Option<Turn> {
+        let mut turn = Turn::default();
+        tokio::select! {
+            Some(event) = self.backend.recv() => turn.events.push(event),
+            Some(end) = self.ended.recv() => turn.ends.push(end),
+            command = self.commands.recv() => turn.commands.push(command?),
+        }
+        take_present(&mut self.ended, &mut turn.ends);
+        take_present(&mut self.backend, &mut turn.events);
+        take_present(&mut self.commands, &mut turn.commands);
+        Some(turn)
+    }
+
+    fn events(&mut self, events: Vec<Event>) {
+        let mut last = None;
+        for event in events {
+            // One that repeats the last one says nothing new.
+            if last.as_ref() == Some(&event) {
+                continue;
+            }
+            last = Some(event.clone());
+            self.event(event);
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Exited { process, exit } => {
+                debug!("{process} ended with status {}", exit.status);
+                self.step(Input::Exited(process, exit));
+            }
+            Event::OutOfMemory { container } => self.step(Input::OutOfMemory(container)),
+            Event::Machine(event) => {
+                let pod = &self.pod.launch.sandbox_id;
+                match event {
+                    MachineEvent::Crashed => error!("the guest of pod {pod} crashed"),
+                    MachineEvent::Rebooted => info!("the guest of pod {pod} rebooted"),
+                    MachineEvent::Suspended | MachineEvent::Resumed => {
+                        debug!("pod {pod}: {event:?}");
+                    }
+                }
+                self.step(Input::Machine(event));
             }
         }
     }
 
     fn command(&mut self, command: Command) {
         match command {
-            Command::Create(request, reply) => self.create(request, reply),
-            Command::CreateSandbox(request, reply) => self.create_sandbox(*request, reply),
+            Command::Create(request, reply) => self.prepare(request, reply),
+            Command::CreateSandbox(request, reply) => self.prepare_sandbox(*request, reply),
             Command::ViewSandbox(id, reply) => {
                 let _ = reply.send(self.view_sandbox(&id));
             }
-            Command::Change(process, change) => self.enqueue(process, change),
+            Command::Change(container, change, pending) => {
+                let token = self.caller(pending);
+                self.step(Input::Change(container, change, token));
+            }
+            Command::Operate(operation, target, reply) => {
+                let token = self.caller(Pending::View(reply));
+                self.step(Input::Operate(operation, target, token));
+            }
+            Command::Migrate(parameters, reply) => {
+                let token = self.caller(Pending::Number(reply));
+                self.step(Input::Migrate(Arc::new(*parameters), token));
+            }
             Command::State(process, reply) => {
                 let _ = reply.send(self.view(&process));
             }
-            Command::Wait(process, reply) => self.wait(&process, reply),
+            Command::Wait(process, reply) => self.wait(process, reply),
             Command::Pids(container, reply) => self.pids(&container, reply),
             Command::Stats(container, reply) => self.stats(&container, reply),
             Command::View(reply) => {
@@ -143,136 +221,134 @@ impl Driver {
             Command::Migration(reply) => {
                 let _ = reply.send(Ok(self.migrations.subscribe()));
             }
-            Command::CancelMigration(reply) => self.cancel_migration(reply),
+            Command::CancelMigration(reply) => {
+                let token = self.caller(Pending::View(reply));
+                self.step(Input::CancelMigration(token));
+            }
             Command::Shutdown(reply) => {
-                // containerd 1.x asks after each container's delete, and the last one counts; 2.x
-                // only after the pod's, which is not the last where all end at once.
-                let is_pod = |task: &Task| task.role == Role::Sandbox;
-                self.no_pod = !self.tasks.values().any(is_pod);
-                self.end_when_empty();
-                let _ = reply.send(Ok(()));
+                let token = self.caller(Pending::Done(reply));
+                self.step(Input::Shutdown(token));
             }
         }
     }
 
-    fn end_when_empty(&mut self) {
-        if self.no_pod && self.tasks.is_empty() {
-            info!("shutting down");
-            self.shutdown = true;
+    // --- Doing what the model says -----------------------------------------------
+
+    /// Remembers who is to be answered.
+    pub(super) fn caller(&mut self, pending: Pending) -> Token {
+        let caller = self.next_caller;
+        self.next_caller += 1;
+        self.callers.insert(caller, pending);
+        Token::Caller(caller)
+    }
+
+    /// The only way in which the pod's state changes.
+    pub(super) fn step(&mut self, input: Input) {
+        for action in self.model.step(SystemTime::now(), input) {
+            self.act(action);
         }
     }
 
-    // --- Changes, in order -------------------------------------------------------
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Begin(call) => self.begin(call),
+            Action::Answer(caller, result) => self.answer(caller, result),
+            Action::Publish(event) => self.publish(event),
+            Action::Tell(transition) => self.tell(transition),
+            Action::Over(process, exit) => self.over(&process, exit),
+            Action::Forget(container, exit) => self.forget(&container, exit),
+            Action::Migration(news) => self.migration_news(news),
+            Action::Shutdown => {
+                info!("shutting down");
+                self.shutdown = true;
+            }
+        }
+    }
 
-    fn enqueue(&mut self, process: ProcessId, change: Change) {
-        if !self.tasks.contains_key(&process.container) {
-            return change.refuse(not_found(&process.container));
-        }
-        if let Err(error) = self.barred_by_migration(&process, &change) {
-            return change.refuse(error);
-        }
-        let Some(task) = self.tasks.get_mut(&process.container) else {
-            return;
+    fn answer(&mut self, caller: u64, result: Result<Answer>) {
+        let Some(pending) = self.callers.remove(&caller) else {
+            return error!("an answer to nobody: {result:?}");
         };
-        let container = process.container.clone();
-        let class = change.class(&process);
-        task.lane.push(class, Job { process, change });
-        self.pump(&container);
-    }
-
-    /// Begins every change of `container` that may begin now.
-    pub(super) fn pump(&mut self, container: &str) {
-        while let Some((ticket, job)) = self
-            .tasks
-            .get_mut(container)
-            .and_then(|task| task.lane.next())
-        {
-            self.begin(ticket, job);
+        if let Some(other) = pending.send(result, || self.pod_view()) {
+            error!("an answer of another sort: {other:?}");
         }
     }
 
-    fn begin(&mut self, ticket: Ticket, job: Job) {
-        let Job { process, change } = job;
-        let container = process.container;
-        match (process.exec, change) {
-            (None, Change::Run(reply)) => self.run_init(&container, ticket, reply),
-            (None, Change::Signal { signal, all, reply }) => {
-                self.signal_init(&container, ticket, signal, all, reply);
+    fn publish(&self, event: TaskEvent) {
+        match &event {
+            TaskEvent::OutOfMemory { container } => warn!("container {container}: out of memory"),
+            TaskEvent::Create { container, pid, .. } => info!("{container} is created, pid {pid}"),
+            _ => {}
+        }
+        // The publisher lives as long as the server.
+        let _ = self.publisher.send(event);
+    }
+
+    fn tell(&mut self, transition: Transition) {
+        let task = &transition.task;
+        let name = state::outside(&task.state).name;
+        match task.reason.as_str() {
+            "" => info!("{} is {name}", task.id),
+            reason => info!("{} is {name}: {reason}", task.id),
+        }
+        self.watchers
+            .retain(|watcher| watcher.try_send(transition.clone()).is_ok());
+        self.publish(TaskEvent::Transition(Box::new(transition)));
+    }
+
+    /// A process ended for good. With the backend's own ends, which close when the output is
+    /// drained, its stdio's are the last: readers see the end.
+    fn over(&mut self, process: &ProcessId, exit: Exit) {
+        if let Some(held) = self.held.get_mut(&process.container) {
+            match &process.exec {
+                None => held.stdio = None,
+                Some(exec) => drop(held.execs.remove(exec)),
             }
-            (None, Change::Delete(reply)) => self.delete_init(&container, ticket, reply),
-            (None, Change::Pause(reply)) => self.pause(&container, ticket, reply),
-            (None, Change::Resume(reply)) => self.resume(&container, ticket, reply),
-            (None, Change::Stop { grace, reply }) => {
-                self.stop_init(&container, ticket, grace, reply);
-            }
-            (None, Change::Start(reply)) => self.start_again(&container, ticket, reply),
-            (None, Change::Migrate(parameters, reply)) => {
-                self.migrate(&container, ticket, *parameters, reply);
-            }
-            (
-                None,
-                Change::Restart {
-                    force,
-                    grace,
-                    reply,
-                },
-            ) => self.restart_init(&container, ticket, (force, grace), reply),
-            (None, Change::Update(resources, reply)) => {
-                self.update(&container, ticket, resources, reply);
-            }
-            (Some(exec), Change::AddExec(request, reply)) => {
-                self.add_exec(&container, exec, ticket, *request, reply);
-            }
-            (Some(exec), Change::Run(reply)) => self.run_exec(&container, exec, ticket, reply),
-            (Some(exec), Change::Signal { signal, reply, .. }) => {
-                self.signal_exec(&container, exec, ticket, signal, reply);
-            }
-            (Some(exec), Change::Delete(reply)) => {
-                self.delete_exec(&container, exec, ticket, reply);
-            }
-            (
-                exec,
-                Change::Resize {
-                    width,
-                    height,
-                    reply,
-                },
-            ) => self.simple(
-                &container,
-                exec,
-                ticket,
-                reply,
-                move |instance, exec| async move {
-                    instance.resize(exec.as_deref(), width, height).await
-                },
-            ),
-            (exec, Change::CloseStdin(reply)) => {
-                self.simple(
-                    &container,
-                    exec,
-                    ticket,
-                    reply,
-                    |instance, exec| async move { instance.close_stdin(exec.as_deref()).await },
-                );
-            }
-            (Some(exec), change) => {
-                let text = format!("exec {exec} of container {container}: no such operation");
-                change.refuse(Error::InvalidArgument(text));
-                self.finish(&container, ticket);
-            }
-            (None, change) => {
-                change.refuse(Error::InvalidArgument("the exec id is empty".into()));
-                self.finish(&container, ticket);
-            }
+        }
+        for waiter in self.waiters.remove(process).into_iter().flatten() {
+            let _ = waiter.send(Ok(exit));
         }
     }
 
-    /// Ends a change: those behind it in the lane may begin.
-    pub(super) fn finish(&mut self, container: &str, ticket: Ticket) {
-        if let Some(task) = self.tasks.get_mut(container) {
-            task.lane.done(ticket);
+    fn forget(&mut self, container: &str, exit: Exit) {
+        self.held.remove(container);
+        let left: Vec<ProcessId> = self
+            .waiters
+            .keys()
+            .filter(|process| process.container == container)
+            .cloned()
+            .collect();
+        for process in left {
+            self.over(&process, exit);
         }
-        self.pump(container);
+        info!("{container} is gone");
+    }
+
+    fn migration_news(&mut self, news: News) {
+        match news {
+            News::Began {
+                number,
+                destination,
+            } => {
+                self.migration_began = Instant::now();
+                self.migrations.send_replace(MigrationView {
+                    number,
+                    destination,
+                    ..MigrationView::default()
+                });
+            }
+            News::Ended(outcome) => {
+                match &outcome {
+                    Outcome::Completed => info!("the migration is done"),
+                    Outcome::Abandoned(reason) => info!("the migration was given up: {reason}"),
+                    Outcome::Lost(reason) => warn!("the migration lost the pod: {reason}"),
+                }
+                self.migrations.send_modify(|view| {
+                    view.outcome = Some(outcome);
+                    view.elapsed = self.migration_began.elapsed();
+                });
+            }
+        }
     }
 
     /// Runs `future` beside the loop and gives its output to `apply` in the loop.
@@ -289,110 +365,111 @@ impl Driver {
         });
     }
 
-    /// A change that needs no decision and leaves the state as it is.
-    fn simple<F: Future<Output = Result<()>> + Send + 'static>(
-        &mut self,
-        container: &str,
-        exec: Option<String>,
-        ticket: Ticket,
-        reply: Reply<()>,
-        call: impl FnOnce(Arc<dyn Instance>, Option<String>) -> F,
-    ) {
-        let found = self.task(container).and_then(|task| {
-            if let Some(exec) = &exec {
-                task.exec(container, exec)?;
-            }
-            task.instance(container)
-        });
-        let instance = match found {
-            Ok(instance) => instance,
-            Err(error) => return self.refused(container, ticket, reply, error),
-        };
-        let container = container.to_owned();
-        self.effect(call(instance, exec), move |driver, result| {
-            let _ = reply.send(result);
-            driver.finish(&container, ticket);
-        });
-    }
-
-    pub(super) fn refused<T>(
-        &mut self,
-        container: &str,
-        ticket: Ticket,
-        reply: Reply<T>,
-        error: Error,
-    ) {
-        let _ = reply.send(Err(error));
-        self.finish(container, ticket);
-    }
-
-    /// Asks the state machine for `request` on `container`.
-    pub(super) fn decide(&self, container: &str, request: Request) -> Result<Step> {
-        let task = self
-            .tasks
-            .get(container)
-            .ok_or_else(|| not_found(container))?;
-        state::decide(&self.effective(task), request)
-            .map_err(|refusal| refusal_error(container, &refusal))
-    }
-
     // --- Reads -------------------------------------------------------------------
 
-    pub(super) fn task(&mut self, container: &str) -> Result<&mut Task> {
-        self.tasks
-            .get_mut(container)
+    /// The backend's side of a container.
+    ///
+    /// # Errors
+    /// `NotFound`, also while it is being created.
+    pub(super) fn instance(&self, container: &str) -> Result<Arc<dyn Instance>> {
+        self.held
+            .get(container)
+            .map(|held| Arc::clone(&held.instance))
             .ok_or_else(|| not_found(container))
     }
 
-    /// The state that others meet: in a machine pod the machine's counts too.
-    pub(super) fn effective(&self, task: &Task) -> State {
-        let own = task.phase.state();
-        if self.pod.launch.kind != Kind::Machine || task.role == Role::Sandbox {
-            return own;
+    /// The task's pid, also while the backend makes its process.
+    fn pid(&self, container: &str, task: &Task) -> u32 {
+        match task.phase() {
+            Phase::Created | Phase::Starting { .. } => self
+                .held
+                .get(container)
+                .and_then(|held| held.instance.pid())
+                .unwrap_or(0),
+            _ => task.pid(),
         }
-        let machine = self.tasks.values().find(|task| task.role == Role::Sandbox);
-        state::effective(own, machine.map(|task| task.phase.state()).as_ref())
     }
 
     fn view(&self, process: &ProcessId) -> Result<ProcessView> {
         let container = &process.container;
         let task = self
-            .tasks
-            .get(container)
+            .model
+            .task(container)
+            .ok()
             // containerd lists as a task whatever tells a state.
-            .filter(|task| !task.is_bare && !matches!(task.phase, Phase::Creating))
+            .filter(|task| !task.is_bare && task.is_made())
             .ok_or_else(|| not_found(container))?;
         match &process.exec {
             Some(exec) => task
-                .execs
-                .get(exec)
+                .exec(container, exec)
                 .map(|exec| task.exec_view(exec))
-                .ok_or_else(|| Error::NotFound(process.to_string())),
-            None => Ok(ProcessView {
-                bundle: task.bundle.clone(),
-                pid: task.pid(),
-                status: state::status(&self.effective(task), task.cri),
-                exit: task.phase.exit(),
-                stdio: task.uris.clone(),
-            }),
+                .map_err(|_| Error::NotFound(process.to_string())),
+            None => {
+                let status = state::status(&self.model.effective(task), task.cri);
+                Ok(ProcessView {
+                    pid: self.pid(container, task),
+                    ..task.init_view(status)
+                })
+            }
         }
     }
 
-    fn wait(&mut self, process: &ProcessId, reply: Reply<Exit>) {
-        let found = self.task(&process.container).and_then(|task| {
-            task.instance(&process.container)?;
-            Ok(match &process.exec {
-                None => (task.phase.exit(), &mut task.waiters),
-                Some(exec) => {
-                    let exec = task.exec(&process.container, exec)?;
-                    (exec.phase.exit(), &mut exec.waiters)
-                }
-            })
-        });
+    fn view_sandbox(&self, id: &str) -> Result<SandboxView> {
+        let task = self
+            .model
+            .task(id)
+            .ok()
+            .filter(|task| task.role == Role::Sandbox && task.is_made())
+            .ok_or_else(|| not_found(id))?;
+        Ok(SandboxView {
+            pid: self.pid(id, task),
+            ready: state::status(&task.state(), true) == TaskStatus::Running,
+            created_at: task.created_at,
+            exit: task.phase().exit(),
+        })
+    }
+
+    fn pod_view(&self) -> PodView {
+        let launch = &self.pod.launch;
+        let tasks = self.model.tasks().iter();
+        PodView {
+            kind: launch.kind,
+            containerd_namespace: launch.containerd_namespace.clone(),
+            sandbox_id: launch.sandbox_id.clone(),
+            info: self.info.clone(),
+            tasks: tasks
+                .filter(|(_, task)| task.is_made())
+                .map(|(id, task)| super::TaskView {
+                    pid: self.pid(id, task),
+                    ..task.view(id)
+                })
+                .collect(),
+            machine: self.handler.machine(),
+        }
+    }
+
+    fn watch(&mut self, watcher: mpsc::Sender<Transition>) {
+        let sequence = self.model.transitions();
+        let made = self.model.tasks().iter().filter(|(_, task)| task.is_made());
+        for (id, task) in made {
+            let now = task.transition(id, task.state(), sequence);
+            // The queue is new, and longer than pods are large; if not, it ends.
+            if watcher.try_send(now).is_err() {
+                return;
+            }
+        }
+        self.watchers.push(watcher);
+    }
+
+    fn wait(&mut self, process: ProcessId, reply: Reply<Exit>) {
+        let found = self
+            .instance(&process.container)
+            .and_then(|_| self.model.task(&process.container)?.exit_of(&process));
         match found {
             Err(error) => drop(reply.send(Err(error))),
-            Ok((Some(exit), _)) => drop(reply.send(Ok(exit))),
-            Ok((None, waiters)) => {
+            Ok(Some(exit)) => drop(reply.send(Ok(exit))),
+            Ok(None) => {
+                let waiters = self.waiters.entry(process).or_default();
                 waiters.retain(|waiter| !waiter.is_closed());
                 waiters.push(reply);
             }
@@ -403,213 +480,33 @@ impl Driver {
         // A containerd that restarts takes a task without pids for leaked, and forgets
         // how it ended. So one that has ended keeps its last pid until it is deleted,
         // and one that is kept without a process has the pid of the server that keeps it.
-        let listed = self
-            .tasks
-            .get(container)
-            .and_then(|task| match self.effective(task) {
-                State::Stopped | State::Incoming => Some(std::process::id()),
-                State::Exited(_) => Some(task.pid()).filter(|pid| *pid != 0),
-                _ => None,
-            });
+        let listed =
+            self.model
+                .task(container)
+                .ok()
+                .and_then(|task| match self.model.effective(task) {
+                    State::Stopped | State::Incoming => Some(std::process::id()),
+                    State::Exited(_) => Some(task.pid()).filter(|pid| *pid != 0),
+                    _ => None,
+                });
         if let Some(pid) = listed {
-            let _ = reply.send(Ok(vec![(pid, None)]));
-            return;
+            return drop(reply.send(Ok(vec![(pid, None)])));
         }
-        self.read(
-            container,
-            reply,
-            |instance| async move { instance.pids().await },
-        );
-    }
-
-    fn read<T: Send + 'static, F: Future<Output = Result<T>> + Send + 'static>(
-        &mut self,
-        container: &str,
-        reply: Reply<T>,
-        call: impl FnOnce(Arc<dyn Instance>) -> F,
-    ) {
-        match self
-            .task(container)
-            .and_then(|task| task.instance(container))
-        {
+        match self.instance(container) {
             Err(error) => drop(reply.send(Err(error))),
             Ok(instance) => {
-                let answer = call(instance);
-                tokio::spawn(async move { reply.send(answer.await) });
+                tokio::spawn(async move { reply.send(instance.pids().await) });
             }
-        }
-    }
-
-    // --- What the backend saw ----------------------------------------------------
-
-    fn backend_event(&mut self, event: Event) {
-        match event {
-            Event::Exited { process, exit } => match &process.exec {
-                None => self.init_exited(&process.container, exit),
-                Some(exec) => self.exec_exited(&process.container, exec, exit),
-            },
-            Event::OutOfMemory { container } => {
-                warn!("container {container}: out of memory");
-                self.publish(TaskEvent::OutOfMemory { container });
-            }
-            Event::Machine(change) => self.machine_changed(change),
-        }
-    }
-
-    fn machine_changed(&mut self, change: MachineEvent) {
-        let Some((id, task)) = self
-            .tasks
-            .iter_mut()
-            .find(|(_, task)| task.role == Role::Sandbox)
-        else {
-            return;
-        };
-        let id = id.clone();
-        match (change, &task.phase) {
-            (MachineEvent::Suspended, &Phase::Running { pid }) => {
-                self.set_phase(&id, Phase::Paused { pid }, "its machine was suspended");
-                self.publish(TaskEvent::Paused { container: id });
-            }
-            (MachineEvent::Resumed, &Phase::Paused { pid }) => {
-                self.set_phase(&id, Phase::Running { pid }, "its machine was resumed");
-                self.publish(TaskEvent::Resumed { container: id });
-            }
-            (MachineEvent::Crashed, _) => error!("the guest of pod {id} crashed"),
-            (MachineEvent::Rebooted, _) => info!("the guest of pod {id} rebooted"),
-            (change, phase) => debug!("pod {id}: {change:?} while {phase:?}"),
-        }
-    }
-
-    /// A machine that ended has taken all in it along; the backend says so where it
-    /// can, and this for the rest.
-    pub(super) fn machine_ended(&mut self, at: SystemTime) {
-        if self.pod.launch.kind != Kind::Machine {
-            return;
-        }
-        let exit = Exit { status: KILLED, at };
-        for process in self.processes_in_machine() {
-            let container = &process.container;
-            let kept = self.tasks.get(container).is_some_and(|task| {
-                matches!(task.phase, Phase::Stopped { .. } | Phase::Incoming { .. })
-            });
-            match &process.exec {
-                Some(exec) => self.exec_exited(container, exec, exit),
-                // There is nothing left that it could be started in.
-                None if kept => self.end_for_good(container, 0, exit),
-                None => self.init_exited(container, exit),
-            }
-        }
-    }
-
-    // --- Telling others ----------------------------------------------------------
-
-    pub(super) fn publish(&self, event: TaskEvent) {
-        let is_bare = event
-            .of_task()
-            .and_then(|container| self.tasks.get(container))
-            .is_some_and(|task| task.is_bare);
-        if is_bare {
-            return;
-        }
-        // The publisher lives as long as the server.
-        let _ = self.publisher.send(event);
-    }
-
-    /// Writes the pod's record. A pod goes on without one; that is said once each time.
-    pub(super) fn save(&self) {
-        let launch = &self.pod.launch;
-        let containers = self.tasks.iter().map(|(id, task)| ContainerRecord {
-            id: id.clone(),
-            is_sandbox: task.role == Role::Sandbox,
-            bundle: task.bundle.clone(),
-            state: state::outside(&task.phase.state()).name.to_owned(),
-            pid: Some(task.pid()).filter(|pid| *pid != 0),
-            exit_status: task.phase.exit().map(|exit| exit.status),
-        });
-        let record = Record {
-            version: VERSION,
-            kind: launch.kind,
-            containerd_namespace: launch.containerd_namespace.clone(),
-            sandbox_id: launch.sandbox_id.clone(),
-            pod_name: self.info.name.clone(),
-            pod_namespace: self.info.namespace.clone(),
-            pod_uid: self.info.uid.clone(),
-            address: launch.address(),
-            shim_pid: std::process::id(),
-            containers: containers.collect(),
-        };
-        if let Err(error) = record::write(&launch.pod_dir(), &record) {
-            warn!("the pod's record was not written: {}", error.chain());
-        }
-    }
-
-    /// Removes a container that is gone, or never came to be, and fails what waits.
-    pub(super) fn forget(&mut self, container: &str, bundle: &Path, exit: Exit) {
-        if let Some(mut task) = self.tasks.remove(container) {
-            answer_waiters(&mut task.waiters, exit);
-            for exec in task.execs.values_mut() {
-                answer_waiters(&mut exec.waiters, exit);
-            }
-            for job in task.lane.drain() {
-                job.change.refuse(not_found(container));
-            }
-        }
-        if let Err(error) = Launch::remove(bundle) {
-            warn!("{}", error.chain());
-        }
-        self.save();
-        self.end_when_empty();
-    }
-}
-
-impl Change {
-    fn class(&self, process: &ProcessId) -> Class {
-        let own = || Class::Process(process.exec.clone());
-        match (self, &process.exec) {
-            (Self::Signal { .. }, exec) => Class::Signal(exec.clone()),
-            (Self::Stop { .. } | Self::Restart { .. } | Self::Migrate(..), None) => {
-                Class::Interruptible
-            }
-            (Self::Resize { .. } | Self::CloseStdin(_), _) => own(),
-            (_, Some(_)) => own(),
-            (_, None) => Class::Whole,
-        }
-    }
-
-    fn refuse(self, error: Error) {
-        match self {
-            Self::Run(reply) => drop(reply.send(Err(error))),
-            Self::Migrate(_, reply) => drop(reply.send(Err(error))),
-            Self::Delete(reply) => drop(reply.send(Err(error))),
-            Self::Signal { reply, .. }
-            | Self::Resize { reply, .. }
-            | Self::Pause(reply)
-            | Self::Resume(reply)
-            | Self::Stop { reply, .. }
-            | Self::Start(reply)
-            | Self::Restart { reply, .. }
-            | Self::Update(_, reply)
-            | Self::AddExec(_, reply)
-            | Self::CloseStdin(reply) => drop(reply.send(Err(error))),
         }
     }
 }
 
-pub(super) fn not_found(container: &str) -> Error {
-    Error::NotFound(format!("container {container}"))
-}
-
-fn refusal_error(container: &str, refusal: &Refusal) -> Error {
-    match refusal.class {
-        RefusalClass::Precondition => Error::FailedPrecondition(format!("{container}: {refusal}")),
-        RefusalClass::NoProcess => Error::NotFound(format!("{container}: {refusal}")),
-        RefusalClass::Exists => Error::AlreadyExists(format!("{container}: {refusal}")),
+/// Moves what is in `queue` now.
+fn take_present<T>(queue: &mut mpsc::UnboundedReceiver<T>, to: &mut Vec<T>) {
+    for _ in 0..queue.len() {
+        let Ok(next) = queue.try_recv() else { return };
+        to.push(next);
     }
-}
-
-/// Where a bundle's record of our own lies; see [`Launch`].
-pub(super) fn write_launch(launch: &Launch, id: &str, role: Role, bundle: &Path) -> Result<()> {
-    launch.for_container(id, role).write(bundle)
 }
 
 #[cfg(test)]

@@ -10,13 +10,11 @@
 //! | in a machine that never ran here | 0 | nothing |
 
 use dyad_runtime_handler::Result;
-use dyad_runtime_handler::config::Kind;
-use dyad_runtime_handler::spec::Role;
 use dyad_runtime_handler::stats::{CpuStats, Hierarchy, MemoryStats, PidsStats, Stats};
 
 use super::Reply;
 use super::driver::Driver;
-use super::state::State;
+use super::model::state::State;
 
 /// Where an answer comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,23 +75,18 @@ fn resting(last: Option<Stats>) -> Stats {
 
 impl Driver {
     pub(super) fn stats(&mut self, container: &str, reply: Reply<Stats>) {
-        let from = self.tasks.get(container).map_or(From::Backend, |task| {
-            let machine = (self.pod.launch.kind == Kind::Machine && task.role == Role::Container)
-                .then(|| self.tasks.values().find(|task| task.role == Role::Sandbox))
-                .flatten();
-            from(
-                &self.effective(task),
-                machine.map(|machine| machine.phase.state()).as_ref(),
-            )
-        });
-        let ready = self.task(container).and_then(|task| {
-            let instance = task.instance(container)?;
-            Ok((instance, task.usage.clone()))
-        });
-        let (instance, last) = match ready {
-            Ok(ready) => ready,
+        let from = match self.model.task(container) {
+            Err(_) => From::Backend,
+            Ok(task) => from(
+                &self.model.effective(task),
+                self.model.machine_of(task).as_ref(),
+            ),
+        };
+        let instance = match self.instance(container) {
+            Ok(instance) => instance,
             Err(error) => return drop(reply.send(Err(error))),
         };
+        let last = self.held.get(container).and_then(|held| held.usage.clone());
         match (from, last) {
             (From::Resting, last) => drop(reply.send(Ok(resting(last)))),
             (From::Standing, Some(last)) => drop(reply.send(Ok(last))),
@@ -108,8 +101,8 @@ impl Driver {
     }
 
     fn usage_read(&mut self, container: &str, result: Result<Stats>, reply: Reply<Stats>) {
-        if let (Ok(stats), Some(task)) = (&result, self.tasks.get_mut(container)) {
-            task.usage = Some(stats.clone());
+        if let (Ok(stats), Some(held)) = (&result, self.held.get_mut(container)) {
+            held.usage = Some(stats.clone());
         }
         let _ = reply.send(result);
     }
