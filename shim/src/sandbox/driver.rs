@@ -265,6 +265,13 @@ impl Driver {
         }
     }
 
+    /// Answers a caller of whom the model was not told.
+    pub(super) fn refuse(&mut self, token: Token, error: Error) {
+        if let Token::Caller(caller) = token {
+            self.answer(caller, Err(error));
+        }
+    }
+
     fn answer(&mut self, caller: u64, result: Result<Answer>) {
         let Some(pending) = self.callers.remove(&caller) else {
             return error!("an answer to nobody: {result:?}");

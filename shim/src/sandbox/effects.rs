@@ -1,10 +1,11 @@
-//! What each [`Call`] of the model does, beside the driver's loop. Work on files is done by
-//! tokio's helper threads, which come when they are needed and go again: the loop's thread
-//! serves the pod.
+//! What each [`Call`] of the model does, beside the driver's loop. What waits for a disk or
+//! mounts is done by tokio's helper threads, which come when they are needed and go again: the
+//! loop's thread serves the pod. (A thread's heap stays, so what only touches memory, as a
+//! bundle, does not go there: a container pod's shim must stay small.)
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -205,7 +206,7 @@ impl Driver {
         let effect = async move {
             let created = create(&*handler, making, spec, &request.stdio).await;
             if created.is_err() {
-                forget_launch(bundle).await;
+                forget_launch(&bundle);
             }
             created
         };
@@ -273,7 +274,7 @@ impl Driver {
             job,
             move |instance| async move {
                 instance.delete().await?;
-                forget_launch(bundle?).await;
+                forget_launch(&bundle?);
                 Ok(())
             },
             Ended::Delete,
@@ -399,38 +400,30 @@ struct Making {
     files: Option<PodFiles>,
 }
 
-impl Making {
-    /// Writes the files. Blocks.
-    fn make(self, spec: &mut ContainerSpec) -> Result<Option<PodFiles>> {
-        // From here on something may be left, should we die.
-        self.launch.write(&self.bundle)?;
-        if let Some(files) = &self.files
-            && files.mount_into(&mut spec.oci)
-        {
-            // The OCI runtime reads it there, now and at each start in place.
-            spec::write(&self.bundle, &spec.oci)?;
-        }
-        let Some(pod) = &self.bare else {
-            return Ok(None);
-        };
-        let pod_dir = self.launch.pod_dir();
-        // Of an earlier try.
-        pod_files::unmount(&pod_dir)?;
-        PodFiles::make(&pod_dir, pod).map(Some)
-    }
-}
-
 async fn create(
     handler: &dyn RuntimeHandler,
     making: Making,
     mut spec: ContainerSpec,
     uris: &StdioUris,
 ) -> Result<Created> {
-    let (mut spec, files) = on_helper(move || {
-        let files = making.make(&mut spec)?;
-        Ok((spec, files))
-    })
-    .await?;
+    let Making {
+        launch,
+        bundle,
+        bare,
+        files,
+    } = making;
+    // From here on something may be left, should we die. The bundle lies in memory.
+    launch.write(&bundle)?;
+    if let Some(files) = files
+        && files.mount_into(&mut spec.oci)
+    {
+        // The OCI runtime reads it there, now and at each start in place.
+        spec::write(&bundle, &spec.oci)?;
+    }
+    let files = match bare {
+        None => None,
+        Some(pod) => Some(on_helper(move || remake_files(&launch.pod_dir(), &pod)).await?),
+    };
     let owner = Owner {
         namespace: &spec.containerd_namespace,
         container: &spec.id,
@@ -443,6 +436,13 @@ async fn create(
         instance,
         files,
     })
+}
+
+/// Blocks.
+fn remake_files(pod_dir: &Path, pod: &PodConfig) -> Result<PodFiles> {
+    // Of an earlier try.
+    pod_files::unmount(pod_dir)?;
+    PodFiles::make(pod_dir, pod)
 }
 
 async fn plain(instance: &dyn Instance, exec: Option<&str>, what: Plain) -> Result<()> {
@@ -466,8 +466,10 @@ async fn receive(handler: Arc<dyn RuntimeHandler>) -> Result<(Arrival, PodState)
 }
 
 /// Nothing of the container is left that a later process of ours would have to know.
-async fn forget_launch(bundle: PathBuf) {
-    warned(on_helper(move || Launch::remove(&bundle))).await;
+fn forget_launch(bundle: &Path) {
+    if let Err(error) = Launch::remove(bundle) {
+        warn!("{}", error.chain());
+    }
 }
 
 async fn warned(work: impl Future<Output = Result<()>>) {

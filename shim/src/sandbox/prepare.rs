@@ -4,8 +4,8 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::SystemTime;
 
-use dyad_runtime_handler::migration::{self, Tombstone, Tombstones};
-use dyad_runtime_handler::spec::{ContainerSpec, PodInfo, Role, Stdio};
+use dyad_runtime_handler::migration;
+use dyad_runtime_handler::spec::{ContainerSpec, Role, Stdio};
 use dyad_runtime_handler::{Error, Result};
 use oci_spec::runtime::Spec;
 
@@ -20,108 +20,95 @@ use crate::{pod_spec, pod_spec::PodConfig};
 
 impl Driver {
     pub(super) fn prepare(&mut self, request: CreateRequest, reply: Reply<u32>) {
-        let reading = Reading::of(&self.pod.launch, self.fence());
-        let read = move || {
-            let oci = spec::read(&request.bundle)?;
-            reading.prepare(request, oci, None)
-        };
-        self.read_then_create(read, reply);
+        let prepared = spec::read(&request.bundle)
+            .and_then(|oci| prepared(&self.pod.launch, request, oci, None));
+        self.create_prepared(prepared, reply);
     }
 
     pub(super) fn prepare_sandbox(&mut self, request: SandboxRequest, reply: Reply<u32>) {
-        let reading = Reading::of(&self.pod.launch, self.fence());
-        let expected = self.pod.launch.sandbox_id.clone();
-        let read = move || {
-            let SandboxRequest { id, bundle, pod } = request;
-            if id != expected {
-                return Err(Error::InvalidArgument(format!(
-                    "sandbox_id: {id:?}; this server was started for {expected:?}"
-                )));
-            }
-            let oci = pod_spec::spec(&id, &pod)?;
-            let request = CreateRequest {
-                id,
-                bundle,
-                rootfs: Vec::new(),
-                stdio: StdioUris::default(),
-            };
-            reading.prepare(request, oci, Some(Box::new(pod)))
-        };
-        self.read_then_create(read, reply);
+        let prepared = self.prepared_sandbox(request);
+        self.create_prepared(prepared, reply);
     }
 
-    fn read_then_create(
-        &self,
-        read: impl FnOnce() -> Result<Prepared> + Send + 'static,
-        reply: Reply<u32>,
-    ) {
-        self.effect(on_helper(read), |driver, prepared| match prepared {
-            Err(error) => drop(reply.send(Err(error))),
-            Ok(prepared) => {
-                let token = driver.caller(Pending::Pid(reply));
-                driver.step(Input::Create(Box::new(prepared), token));
+    fn prepared_sandbox(&self, request: SandboxRequest) -> Result<Prepared> {
+        let launch = &self.pod.launch;
+        let SandboxRequest { id, bundle, pod } = request;
+        if id != launch.sandbox_id {
+            return Err(Error::InvalidArgument(format!(
+                "sandbox_id: {id:?}; this server was started for {:?}",
+                launch.sandbox_id
+            )));
+        }
+        let oci = pod_spec::spec(&id, &pod)?;
+        let request = CreateRequest {
+            id,
+            bundle,
+            rootfs: Vec::new(),
+            stdio: StdioUris::default(),
+        };
+        prepared(launch, request, oci, Some(Box::new(pod)))
+    }
+
+    /// Puts it into the model; a sandbox, when it is known whether it stands behind a fence.
+    fn create_prepared(&mut self, prepared: Result<Prepared>, reply: Reply<u32>) {
+        let mut prepared = match prepared {
+            Ok(prepared) => Box::new(prepared),
+            Err(error) => return drop(reply.send(Err(error))),
+        };
+        let token = self.caller(Pending::Pid(reply));
+        if prepared.identity.role == Role::Container {
+            return self.step(Input::Create(prepared, token));
+        }
+        let fence = self.fence();
+        let namespace = self.pod.launch.containerd_namespace.clone();
+        let (id, uid) = (prepared.request.id.clone(), prepared.spec.pod.uid.clone());
+        let fenced = on_helper(move || {
+            fence.prune(SystemTime::now());
+            Ok(fence.find(&namespace, &id, &uid))
+        });
+        self.effect(fenced, move |driver, fenced| match fenced {
+            Ok(fenced) => {
+                prepared.fenced = fenced;
+                driver.step(Input::Create(prepared, token));
             }
+            Err(error) => driver.refuse(token, error),
         });
     }
 }
 
-/// What is read for any container of the pod.
-struct Reading {
-    launch: Launch,
-    fence: Tombstones,
-}
-
-impl Reading {
-    fn of(launch: &Launch, fence: Tombstones) -> Self {
-        Self {
-            launch: launch.clone(),
-            fence,
-        }
-    }
-
-    /// Blocks.
-    fn prepare(
-        self,
-        request: CreateRequest,
-        oci: Spec,
-        bare: Option<Box<PodConfig>>,
-    ) -> Result<Prepared> {
-        let no_annotations = HashMap::new();
-        let annotations = oci.annotations().as_ref().unwrap_or(&no_annotations);
-        let identity = Identity::of(&request.id, annotations)?;
-        let pod = spec::pod_info(&identity, annotations, &self.launch.config)?;
-        let (fenced, done_on_source) = match identity.role {
-            Role::Container => (None, BTreeSet::new()),
-            Role::Sandbox => (
-                self.fence_of(&request.id, &pod),
-                migration::done_on_source(&pod)?,
-            ),
-        };
-        let spec = ContainerSpec {
-            id: request.id.clone(),
-            containerd_namespace: self.launch.containerd_namespace.clone(),
-            name: identity.name.clone(),
-            role: identity.role,
-            pod,
-            bundle: request.bundle.clone(),
-            rootfs: request.rootfs.clone(),
-            oci,
-            stdio: Stdio::default(),
-        };
-        Ok(Prepared {
-            request,
-            identity,
-            spec,
-            bare,
-            fenced,
-            done_on_source,
-        })
-    }
-
-    /// The tombstone of a sandbox that left, or of another one of its pod.
-    fn fence_of(&self, sandbox_id: &str, pod: &PodInfo) -> Option<Tombstone> {
-        self.fence.prune(SystemTime::now());
-        let namespace = &self.launch.containerd_namespace;
-        self.fence.find(namespace, sandbox_id, &pod.uid)
-    }
+/// What the bundle and the request say. The bundle lies in memory (a tmpfs), so reading it
+/// holds up nobody.
+fn prepared(
+    launch: &Launch,
+    request: CreateRequest,
+    oci: Spec,
+    bare: Option<Box<PodConfig>>,
+) -> Result<Prepared> {
+    let no_annotations = HashMap::new();
+    let annotations = oci.annotations().as_ref().unwrap_or(&no_annotations);
+    let identity = Identity::of(&request.id, annotations)?;
+    let pod = spec::pod_info(&identity, annotations, &launch.config)?;
+    let done_on_source = match identity.role {
+        Role::Container => BTreeSet::new(),
+        Role::Sandbox => migration::done_on_source(&pod)?,
+    };
+    let spec = ContainerSpec {
+        id: request.id.clone(),
+        containerd_namespace: launch.containerd_namespace.clone(),
+        name: identity.name.clone(),
+        role: identity.role,
+        pod,
+        bundle: request.bundle.clone(),
+        rootfs: request.rootfs.clone(),
+        oci,
+        stdio: Stdio::default(),
+    };
+    Ok(Prepared {
+        request,
+        identity,
+        spec,
+        bare,
+        fenced: None,
+        done_on_source,
+    })
 }
