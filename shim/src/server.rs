@@ -19,7 +19,7 @@ use crate::bootstrap::launch::Launch;
 use crate::events::{Destination, Publisher};
 use crate::files::write_atomically;
 use crate::peers::Peers;
-use crate::sandbox::{Driver, Pod, Sandbox};
+use crate::pod::{Driver, Pod, Sandbox};
 use crate::{logger, rpc};
 
 /// Events that are not out by then are lost with us.

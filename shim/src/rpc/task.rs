@@ -21,7 +21,7 @@ use super::convert::{
     create_request, exec_request, process_id, resources, stats, status as task_status, timestamp,
 };
 use super::status::status;
-use crate::sandbox::Sandbox;
+use crate::pod::Sandbox;
 
 /// Serves both versions of Task.
 pub struct TaskService {

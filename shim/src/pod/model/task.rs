@@ -11,7 +11,7 @@ use dyad_runtime_handler::{Error, Result};
 use super::change::{AfterStop, Change, Job, Token};
 use super::lane::Lane;
 use super::state::{State, TaskStatus};
-use crate::sandbox::{ProcessView, TaskView, Transition};
+use crate::pod::{ProcessView, TaskView, Transition};
 use crate::stdio::StdioUris;
 
 /// Exit status of a process that could not be run.

@@ -8,7 +8,7 @@ use dyad_runtime_handler::spec::Role;
 
 use super::task::Phase;
 use super::{KILLED, Model, processes_of};
-use crate::sandbox::TaskEvent;
+use crate::pod::TaskEvent;
 
 /// Why a task is paused or runs that somebody wanted so.
 pub(super) const ASKED_FOR: &str = "asked for";

@@ -13,8 +13,8 @@ use super::state::{TaskStatus, outside};
 use super::task::Made;
 use super::*;
 use crate::migration::PodState;
-use crate::sandbox::pod::Operation;
-use crate::sandbox::{CreateRequest, ExecRequest};
+use crate::pod::lifecycle::Operation;
+use crate::pod::{CreateRequest, ExecRequest};
 use crate::spec::Identity as SpecIdentity;
 use crate::stdio::StdioUris;
 

@@ -15,7 +15,7 @@ use super::change::{Action, Answer, Call, Job, Plain};
 use super::state::Request;
 use super::task::{Exec, ExecPhase, NEVER_RAN, exec_not_found};
 use super::{Model, Next};
-use crate::sandbox::{ExecRequest, Gone, TaskEvent};
+use crate::pod::{ExecRequest, Gone, TaskEvent};
 
 impl Model {
     pub(super) fn add_exec(

@@ -19,9 +19,9 @@ use tokio::time::timeout;
 use super::*;
 use crate::config::Config;
 use crate::migration::{ContainerState, Outcome, PodState};
-use crate::sandbox::pod::Operation;
-use crate::sandbox::state::TaskStatus;
-use crate::sandbox::{CreateRequest, ExecRequest, Sandbox};
+use crate::pod::lifecycle::Operation;
+use crate::pod::state::TaskStatus;
+use crate::pod::{CreateRequest, ExecRequest, Sandbox};
 use crate::stdio::StdioUris;
 
 struct TestPod {

@@ -14,8 +14,8 @@
 mod close;
 mod driver;
 mod effects;
+pub mod lifecycle;
 mod model;
-pub mod pod;
 mod prepare;
 mod usage;
 
@@ -37,8 +37,8 @@ pub use model::state;
 use crate::migration::MigrationView;
 use crate::pod_spec::PodConfig;
 use crate::stdio::StdioUris;
+use lifecycle::Operation;
 use model::change::{Answer, Change, ExecChange, InitChange};
-use pod::Operation;
 use state::{State, TaskStatus};
 
 /// A container to create.

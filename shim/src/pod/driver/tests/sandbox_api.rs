@@ -3,10 +3,10 @@
 use super::*;
 
 /// A pod that needs no mount: all in the host's namespaces.
-fn bare(pod: &TestPod, id: &str) -> crate::sandbox::SandboxRequest {
+fn bare(pod: &TestPod, id: &str) -> crate::pod::SandboxRequest {
     let bundle = pod.bundle(id);
     std::fs::create_dir_all(&bundle).unwrap();
-    crate::sandbox::SandboxRequest {
+    crate::pod::SandboxRequest {
         id: id.into(),
         bundle,
         pod: crate::pod_spec::PodConfig {

@@ -18,7 +18,7 @@ use super::task::{Phase as TaskPhase, Task};
 use super::{Model, Next, not_found};
 use crate::migration::phases::{self, Action, Input, Phase};
 use crate::migration::{ContainerState, Outcome, PodState};
-use crate::sandbox::TaskEvent;
+use crate::pod::TaskEvent;
 
 /// Exit status of an exec whose process went on elsewhere, and of what never arrived.
 const CUT_OFF: u32 = 255;

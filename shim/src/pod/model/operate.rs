@@ -12,7 +12,7 @@ use super::Model;
 use super::change::{Answer, Change, InitChange, Token};
 use super::state::State;
 use super::task::Task;
-use crate::sandbox::pod::Operation;
+use crate::pod::lifecycle::Operation;
 
 /// An operation on several tasks, side by side, that is answered when all have ended.
 #[derive(Debug)]

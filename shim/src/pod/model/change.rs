@@ -12,9 +12,9 @@ use dyad_runtime_handler::spec::{ContainerSpec, Resources, RootMount};
 use super::lane::{Class, Ticket};
 use super::task::Made;
 use crate::migration::{Outcome, PodState};
+use crate::pod::lifecycle::Operation;
+use crate::pod::{CreateRequest, ExecRequest, Gone, TaskEvent, Transition};
 use crate::pod_spec::PodConfig;
-use crate::sandbox::pod::Operation;
-use crate::sandbox::{CreateRequest, ExecRequest, Gone, TaskEvent, Transition};
 use crate::spec::Identity;
 
 /// Names who asked and is to be answered.

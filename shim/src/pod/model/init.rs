@@ -14,7 +14,7 @@ use super::state::{self, Request, State, Step};
 use super::stop::killed;
 use super::task::{Description, Made, NEVER_RAN, Phase, Queued, Task};
 use super::{Model, Next, not_found};
-use crate::sandbox::{Gone, TaskEvent};
+use crate::pod::{Gone, TaskEvent};
 
 impl Model {
     // --- Create ------------------------------------------------------------------
