@@ -132,7 +132,10 @@ impl Driver {
                 apply(&mut self);
             }
             for command in turn.commands {
-                self.command(command);
+                // Those behind a shutdown are told so by the end of their reply's sender.
+                if !self.shutdown {
+                    self.command(command);
+                }
             }
         }
     }

@@ -244,6 +244,10 @@ impl Task {
     /// The one place where a task's phase is set. Returns the state before, where it changed.
     pub(super) fn enter(&mut self, phase: Phase, reason: String, at: SystemTime) -> Option<State> {
         let from = self.phase.state();
+        if self.phase == Phase::Creating {
+            // Nobody was told of it before.
+            self.since = at;
+        }
         self.phase = phase;
         if from == self.phase.state() {
             return None;
