@@ -7,10 +7,13 @@
 //! |---|---|---|
 //! | its machine is paused | as they were last read: they stand | as last read: it stands too |
 //! | stopped and kept | as they were last read: nothing counts on | nothing |
+//! | stopped while it was being read | as they were last read | nothing |
 //! | in a machine that never ran here | 0 | nothing |
 
 use dyad_runtime_handler::Result;
 use dyad_runtime_handler::stats::{CpuStats, Hierarchy, MemoryStats, PidsStats, Stats};
+
+use log::debug;
 
 use super::Reply;
 use super::driver::Driver;
@@ -101,10 +104,26 @@ impl Driver {
     }
 
     fn usage_read(&mut self, container: &str, result: Result<Stats>, reply: Reply<Stats>) {
-        if let (Ok(stats), Some(held)) = (&result, self.held.get_mut(container)) {
-            held.usage = Some(stats.clone());
-        }
-        let _ = reply.send(result);
+        let stops = self.model.task(container).is_ok_and(|task| {
+            let state = self.model.effective(task);
+            matches!(state, State::Stopping | State::Stopped)
+        });
+        let Some(held) = self.held.get_mut(container) else {
+            return drop(reply.send(result));
+        };
+        let answer = match result {
+            Ok(stats) => {
+                held.usage = Some(stats.clone());
+                Ok(stats)
+            }
+            // What was asked has stopped meanwhile, or its guest has.
+            Err(error) if stops => {
+                debug!("usage of {container}: {}", error.chain());
+                Ok(resting(held.usage.clone()))
+            }
+            Err(error) => Err(error),
+        };
+        let _ = reply.send(answer);
     }
 }
 

@@ -228,3 +228,29 @@ async fn a_pause_that_was_asked_for_is_told_so_though_libvirt_tells_of_it_first(
         .collect();
     assert_eq!(reasons, ["asked for"]);
 }
+
+#[tokio::test]
+async fn a_usage_that_was_asked_for_while_its_machine_stopped_is_what_was_read_last() {
+    let pod = TestPod::running(Kind::Machine).await;
+    let running = pod.sandbox.stats("c".into()).await.unwrap();
+    let read = pod.fake.hold("stats");
+    let sandbox = pod.sandbox.clone();
+    let asked = tokio::spawn(async move { sandbox.stats("c".into()).await });
+    while pod
+        .fake
+        .calls()
+        .iter()
+        .filter(|call| *call == "stats c")
+        .count()
+        < 2
+    {
+        tokio::task::yield_now().await;
+    }
+    pod.operate(Operation::Stop { grace: GRACE }, "")
+        .await
+        .unwrap();
+    let closed = "the link to the guest is closed".into();
+    read.send(Err(Error::Unavailable(closed, None))).unwrap();
+    let kept = asked.await.unwrap().unwrap();
+    assert_eq!((kept.cpu, kept.memory.usage), (running.cpu, 0));
+}
