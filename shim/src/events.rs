@@ -24,9 +24,9 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
+use crate::pod::TaskEvent;
 use crate::rpc::convert::timestamp;
 use crate::rpc::lifecycle;
-use crate::sandbox::TaskEvent;
 
 /// Our own transitions.
 const TRANSITION_TOPIC: &str = "/dyad/lifecycle/transition";

@@ -19,8 +19,7 @@ use crate::backend::{Backend, BackendContext};
 use crate::bootstrap::launch::Launch;
 use crate::events::{Destination, Publisher};
 use crate::peers::Peers;
-use crate::sandbox::record::{self, Found};
-use crate::sandbox::{Driver, Pod, Sandbox};
+use crate::pod::{Driver, Pod, Sandbox};
 use crate::{logger, rpc};
 
 /// Events that are not out by then are lost with us.
@@ -134,20 +133,10 @@ async fn run(launch: Launch, listener: UnixListener, backend: Backend) -> Result
     Ok(())
 }
 
-/// The directory in which others find us; what a former server of this pod left in it
-/// and we cannot read is kept aside.
+/// The directory in which others find us.
 fn prepare_pod_dir(launch: &Launch) -> Result<()> {
     let dir = launch.pod_dir();
     create_private_dir(&dir)?;
-    match record::read(&dir)? {
-        Found::Unreadable { kept_at, reason } => {
-            warn!(
-                "the pod's record was kept aside at {}: {reason}",
-                kept_at.display()
-            );
-        }
-        Found::Nothing | Found::Record(_) => {}
-    }
     let address = launch.address();
     write_atomically(&dir.join(ADDRESS_FILE), address.as_bytes(), PRIVATE)
 }

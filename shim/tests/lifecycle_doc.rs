@@ -1,6 +1,6 @@
 //! docs/lifecycle.md prints the table of states that the code uses.
 
-use dyad_shim::sandbox::state::{State, outside};
+use dyad_shim::pod::state::{State, outside};
 
 #[test]
 fn the_page_has_a_row_for_every_state() {

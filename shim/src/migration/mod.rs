@@ -1,5 +1,5 @@
 //! Moving a pod to another node: what the shim itself decides. The backend moves
-//! (`dyad_runtime_handler::migration`), the driver does the steps (`sandbox::migration`).
+//! (`dyad_runtime_handler::migration`), the driver does the steps (`pod::model::migration`).
 
 pub mod phases;
 pub mod request;

@@ -19,8 +19,8 @@ use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 
-use crate::sandbox::state::TaskStatus;
-use crate::sandbox::{CreateRequest, ExecRequest};
+use crate::pod::state::TaskStatus;
+use crate::pod::{CreateRequest, ExecRequest};
 use crate::stdio::StdioUris;
 
 /// How a client says what a checkpoint is to be.

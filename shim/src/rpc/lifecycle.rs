@@ -17,9 +17,9 @@ use ttrpc::r#async::{ServerStream, ServerStreamSender, TtrpcContext};
 
 use super::migration;
 use super::status::status;
-use crate::sandbox::pod::Operation;
-use crate::sandbox::state::State;
-use crate::sandbox::{PodView, Sandbox, TaskView, Transition};
+use crate::pod::lifecycle::Operation;
+use crate::pod::state::State;
+use crate::pod::{PodView, Sandbox, TaskView, Transition};
 
 /// Where a request names none (lifecycle.proto).
 const GRACE_DEFAULT: Duration = Duration::from_secs(30);

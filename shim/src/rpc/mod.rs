@@ -18,7 +18,7 @@ use dyad_api::lifecycle_ttrpc::create_lifecycle;
 use dyad_runtime_handler::handler::RuntimeHandler;
 use ttrpc::r#async::Service;
 
-use crate::sandbox::Sandbox;
+use crate::pod::Sandbox;
 
 const TASK_V2: &str = "containerd.task.v2.Task";
 const TASK_V3: &str = "containerd.task.v3.Task";

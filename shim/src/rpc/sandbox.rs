@@ -23,7 +23,7 @@ use super::convert::{stats, timestamp};
 use super::pod_config;
 use super::task::{answer, read};
 use crate::plain_pod;
-use crate::sandbox::{Sandbox, SandboxRequest, SandboxView};
+use crate::pod::{Sandbox, SandboxRequest, SandboxView};
 
 /// CRI's names of a pod's state.
 const READY: &str = "SANDBOX_READY";

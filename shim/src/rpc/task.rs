@@ -22,7 +22,7 @@ use super::convert::{
     timestamp,
 };
 use super::status::status;
-use crate::sandbox::Sandbox;
+use crate::pod::Sandbox;
 
 /// Serves both versions of Task.
 pub struct TaskService {

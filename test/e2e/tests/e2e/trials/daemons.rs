@@ -349,23 +349,12 @@ fn damaged_records_lose_neither_the_pod_nor_its_traces(context: &Context<'_>) ->
         let before = Snapshot::take(&context.env.dir);
         let pod = context.pod()?;
         let container = pod.idle()?;
-        let of_pod = context
-            .env
-            .dir
-            .join("dyad/run/k8s.io")
-            .join(&pod.id)
-            .join("record.json");
-        std::fs::write(&of_pod, record).with_context(|| of_pod.display().to_string())?;
         container.output("true")?;
         for verb in ["pause", "resume"] {
             context.env.dyadctl(&[verb, &pod.id])?.success(verb)?;
         }
-        // Each change of state writes it whole.
-        let text = std::fs::read_to_string(&of_pod)?;
-        names(&text, &["\"running\"", &pod.id])?;
-
-        // With it, and with the machine's own, damaged, a dead shim's pod is cleaned up.
-        std::fs::write(&of_pod, record)?;
+        // With the machine's record damaged, a dead shim's pod is cleaned up; a container pod's
+        // shim keeps none, as what `delete` has to know lies in the bundle.
         if context.handler.is_machine() {
             let domain = context.env.domain_of(pod.name())?;
             let machines = context.env.dir.join("dyad/lib/machines");

@@ -125,8 +125,7 @@ fn what_a_power_cut_leaves_is_swept_and_what_runs_is_not(context: &Context<'_>) 
         bail!("{} went with the power", folder.display());
     }
 
-    let swept = context.env.dyadctl(&["sweep"])?;
-    let swept = swept.success("dyadctl sweep")?.text();
+    let swept = sweep(context)?;
     names(
         &swept,
         &["removed machine", domain.trim_start_matches("dyad-")],
@@ -140,11 +139,7 @@ fn what_a_power_cut_leaves_is_swept_and_what_runs_is_not(context: &Context<'_>) 
     }
     // The other one has noticed nothing.
     in_lives.output("true")?;
-    let again = context.env.dyadctl(&["sweep"])?;
-    names(
-        &again.success("dyadctl sweep")?.text(),
-        &["nothing was left"],
-    )?;
+    names(&sweep(context)?, &["nothing was left"])?;
     in_lives.output("true")?;
     lost.remove()?;
     lives.remove()?;

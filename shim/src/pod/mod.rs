@@ -1,30 +1,26 @@
 //! One pod: the handle that the services hold, and what they ask and are told.
 //!
 //! ```text
-//! rpc --Command--> queue --> driver (owns all state, decides by `state`)
-//!                    ^          |  spawns
-//!                    |          v
-//!                    +---- effects (calls of the backend) and backend events
+//! rpc --Command--> queue --> driver --Input--> model (pure: all state, every decision)
+//!                              ^  ^               |
+//!                backend events'  |            Actions
+//!                                 |               v
+//!                                 +-- effects (calls of the backend, work on files)
 //! ```
 //! The driver never waits for an effect, so reads are answered while a slow change is
 //! under way; changes of one container are done in the order in which they came
-//! ([`lane`]).
+//! (`model/lane.rs`).
 
-mod bare;
+mod close;
 mod driver;
-mod execs;
-mod init;
-mod lane;
-mod lifecycle;
-mod migration;
-pub mod pod;
-pub mod record;
-pub mod state;
-mod task;
+mod effects;
+pub mod lifecycle;
+mod model;
+mod prepare;
 mod usage;
 
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use dyad_runtime_handler::config::Kind;
 use dyad_runtime_handler::handler::{Exit, MachineInfo, ProcessId};
@@ -36,10 +32,13 @@ use oci_spec::runtime::Process;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use driver::{Driver, Pod};
+pub use model::state;
 
 use crate::migration::MigrationView;
 use crate::pod_spec::PodConfig;
 use crate::stdio::StdioUris;
+use lifecycle::Operation;
+use model::change::{Answer, Change, ExecChange, InitChange};
 use state::{State, TaskStatus};
 
 /// A container to create.
@@ -108,7 +107,7 @@ pub struct ProcessView {
 }
 
 /// What a deleted process leaves behind.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gone {
     /// Its last pid.
     pub pid: u32,
@@ -279,7 +278,11 @@ pub(crate) enum Command {
     Create(CreateRequest, Reply<u32>),
     CreateSandbox(Box<SandboxRequest>, Reply<u32>),
     ViewSandbox(String, Reply<SandboxView>),
-    Change(ProcessId, Change),
+    /// A change of the container of this id.
+    Change(String, Change, Pending),
+    /// Of this task, or (an empty id) of the whole pod.
+    Operate(Operation, String, Reply<PodView>),
+    Migrate(Box<MigrationParameters>, Reply<u64>),
     State(ProcessId, Reply<ProcessView>),
     Wait(ProcessId, Reply<Exit>),
     Pids(String, Reply<Vec<(u32, Option<String>)>>),
@@ -289,42 +292,38 @@ pub(crate) enum Command {
     Watch(mpsc::Sender<Transition>),
     /// The migration under way, or the last one.
     Migration(Reply<watch::Receiver<MigrationView>>),
-    CancelMigration(Reply<()>),
+    CancelMigration(Reply<PodView>),
     Shutdown(Reply<()>),
 }
 
-/// A change of one process or its container: ordered by the container's lane.
-pub(crate) enum Change {
-    Run(Reply<u32>),
-    Signal {
-        signal: i32,
-        all: bool,
-        reply: Reply<()>,
-    },
-    Delete(Reply<Gone>),
-    Pause(Reply<()>),
-    Resume(Reply<()>),
-    Stop {
-        grace: Duration,
-        reply: Reply<()>,
-    },
-    Start(Reply<()>),
-    /// Of the sandbox: the pod moves away.
-    Migrate(Box<MigrationParameters>, Reply<u64>),
-    Restart {
-        force: bool,
-        grace: Duration,
-        reply: Reply<()>,
-    },
-    Update(Box<Resources>, Reply<()>),
-    Checkpoint(Box<Checkpoint>, Reply<()>),
-    AddExec(Box<ExecRequest>, Reply<()>),
-    Resize {
-        width: u16,
-        height: u16,
-        reply: Reply<()>,
-    },
-    CloseStdin(Reply<()>),
+/// A caller that waits for a change, by what the answer is.
+pub(crate) enum Pending {
+    Done(Reply<()>),
+    Pid(Reply<u32>),
+    Gone(Reply<Gone>),
+    Number(Reply<u64>),
+    /// The pod as it is then.
+    View(Reply<PodView>),
+}
+
+impl Pending {
+    /// Answers; nobody may be there any more. Returns an answer that is of another sort.
+    fn send(self, result: Result<Answer>, view: impl FnOnce() -> PodView) -> Option<Answer> {
+        match (self, result) {
+            (Self::Done(reply), Err(error)) => drop(reply.send(Err(error))),
+            (Self::Pid(reply), Err(error)) => drop(reply.send(Err(error))),
+            (Self::Gone(reply), Err(error)) => drop(reply.send(Err(error))),
+            (Self::Number(reply), Err(error)) => drop(reply.send(Err(error))),
+            (Self::View(reply), Err(error)) => drop(reply.send(Err(error))),
+            (Self::Done(reply), Ok(_)) => drop(reply.send(Ok(()))),
+            (Self::View(reply), Ok(_)) => drop(reply.send(Ok(view()))),
+            (Self::Pid(reply), Ok(Answer::Pid(pid))) => drop(reply.send(Ok(pid))),
+            (Self::Gone(reply), Ok(Answer::Gone(gone))) => drop(reply.send(Ok(gone))),
+            (Self::Number(reply), Ok(Answer::Number(number))) => drop(reply.send(Ok(number))),
+            (Self::Pid(_) | Self::Gone(_) | Self::Number(_), Ok(other)) => return Some(other),
+        }
+        None
+    }
 }
 
 /// A pod, for those who ask. Cheap to clone.
@@ -347,12 +346,30 @@ impl Sandbox {
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 
-    async fn change<T>(
+    async fn init<T>(
+        &self,
+        container: String,
+        change: InitChange,
+        pending: impl FnOnce(Reply<T>) -> Pending,
+    ) -> Result<T> {
+        let change = Change::Init(change);
+        self.ask(|reply| Command::Change(container, change, pending(reply)))
+            .await
+    }
+
+    /// A change that a container's init process and its execs have in common.
+    async fn process<T>(
         &self,
         process: ProcessId,
-        change: impl FnOnce(Reply<T>) -> Change,
+        init: InitChange,
+        exec: ExecChange,
+        pending: impl FnOnce(Reply<T>) -> Pending,
     ) -> Result<T> {
-        self.ask(|reply| Command::Change(process, change(reply)))
+        let change = match process.exec {
+            None => Change::Init(init),
+            Some(id) => Change::Exec(id, exec),
+        };
+        self.ask(|reply| Command::Change(process.container, change, pending(reply)))
             .await
     }
 
@@ -388,7 +405,8 @@ impl Sandbox {
     /// # Errors
     /// Of the backend; a refusal of the state.
     pub async fn run(&self, process: ProcessId) -> Result<u32> {
-        self.change(process, Change::Run).await
+        self.process(process, InitChange::Run, ExecChange::Run, Pending::Pid)
+            .await
     }
 
     /// Sends a signal; `all`: to every process of the container.
@@ -396,7 +414,8 @@ impl Sandbox {
     /// # Errors
     /// `NotFound` when the process has ended.
     pub async fn signal(&self, process: ProcessId, signal: i32, all: bool) -> Result<()> {
-        self.change(process, |reply| Change::Signal { signal, all, reply })
+        let init = InitChange::Signal { signal, all };
+        self.process(process, init, ExecChange::Signal(signal), Pending::Done)
             .await
     }
 
@@ -405,7 +424,13 @@ impl Sandbox {
     /// # Errors
     /// Of the backend; a refusal of the state.
     pub async fn delete(&self, process: ProcessId) -> Result<Gone> {
-        self.change(process, Change::Delete).await
+        self.process(
+            process,
+            InitChange::Delete,
+            ExecChange::Delete,
+            Pending::Gone,
+        )
+        .await
     }
 
     /// Freezes a container.
@@ -413,7 +438,7 @@ impl Sandbox {
     /// # Errors
     /// Of the backend; a refusal of the state.
     pub async fn pause(&self, container: String) -> Result<()> {
-        self.change(ProcessId::init(container), Change::Pause).await
+        self.init(container, InitChange::Pause, Pending::Done).await
     }
 
     /// Undoes [`Self::pause`].
@@ -421,7 +446,7 @@ impl Sandbox {
     /// # Errors
     /// Of the backend; a refusal of the state.
     pub async fn resume(&self, container: String) -> Result<()> {
-        self.change(ProcessId::init(container), Change::Resume)
+        self.init(container, InitChange::Resume, Pending::Done)
             .await
     }
 
@@ -430,10 +455,8 @@ impl Sandbox {
     /// # Errors
     /// Of the backend; a refusal of the state.
     pub async fn update(&self, container: String, resources: Resources) -> Result<()> {
-        self.change(ProcessId::init(container), |reply| {
-            Change::Update(Box::new(resources), reply)
-        })
-        .await
+        let update = InitChange::Update(Box::new(resources));
+        self.init(container, update, Pending::Done).await
     }
 
     /// Writes a container down.
@@ -441,10 +464,8 @@ impl Sandbox {
     /// # Errors
     /// Of the backend; `FailedPrecondition` for one that does not run.
     pub async fn checkpoint(&self, container: String, to: Checkpoint) -> Result<()> {
-        self.change(ProcessId::init(container), |reply| {
-            Change::Checkpoint(Box::new(to), reply)
-        })
-        .await
+        let checkpoint = InitChange::Checkpoint(Box::new(to));
+        self.init(container, checkpoint, Pending::Done).await
     }
 
     /// Adds a process.
@@ -452,8 +473,8 @@ impl Sandbox {
     /// # Errors
     /// `AlreadyExists`; of the backend; a refusal of the state.
     pub async fn add_exec(&self, container: String, exec: ExecRequest) -> Result<()> {
-        let process = ProcessId::exec(container, exec.exec_id.clone());
-        self.change(process, |reply| Change::AddExec(Box::new(exec), reply))
+        let change = Change::Exec(exec.exec_id.clone(), ExecChange::Add(Box::new(exec)));
+        self.ask(|reply| Command::Change(container, change, Pending::Done(reply)))
             .await
     }
 
@@ -462,12 +483,9 @@ impl Sandbox {
     /// # Errors
     /// Of the backend; `NotFound`.
     pub async fn resize(&self, process: ProcessId, width: u16, height: u16) -> Result<()> {
-        self.change(process, |reply| Change::Resize {
-            width,
-            height,
-            reply,
-        })
-        .await
+        let init = InitChange::Resize { width, height };
+        let exec = ExecChange::Resize { width, height };
+        self.process(process, init, exec, Pending::Done).await
     }
 
     /// Closes a process's stdin after what it still holds.
@@ -475,7 +493,13 @@ impl Sandbox {
     /// # Errors
     /// Of the backend; `NotFound`.
     pub async fn close_stdin(&self, process: ProcessId) -> Result<()> {
-        self.change(process, Change::CloseStdin).await
+        self.process(
+            process,
+            InitChange::CloseStdin,
+            ExecChange::CloseStdin,
+            Pending::Done,
+        )
+        .await
     }
 
     /// A process as it is now.

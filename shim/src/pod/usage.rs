@@ -7,16 +7,17 @@
 //! |---|---|---|
 //! | its machine is paused | as they were last read: they stand | as last read: it stands too |
 //! | stopped and kept | as they were last read: nothing counts on | nothing |
+//! | stopped while it was being read | as they were last read | nothing |
 //! | in a machine that never ran here | 0 | nothing |
 
 use dyad_runtime_handler::Result;
-use dyad_runtime_handler::config::Kind;
-use dyad_runtime_handler::spec::Role;
 use dyad_runtime_handler::stats::{CpuStats, Hierarchy, MemoryStats, PidsStats, Stats};
+
+use log::debug;
 
 use super::Reply;
 use super::driver::Driver;
-use super::state::State;
+use super::model::state::State;
 
 /// Where an answer comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,23 +78,18 @@ fn resting(last: Option<Stats>) -> Stats {
 
 impl Driver {
     pub(super) fn stats(&mut self, container: &str, reply: Reply<Stats>) {
-        let from = self.tasks.get(container).map_or(From::Backend, |task| {
-            let machine = (self.pod.launch.kind == Kind::Machine && task.role == Role::Container)
-                .then(|| self.tasks.values().find(|task| task.role == Role::Sandbox))
-                .flatten();
-            from(
-                &self.effective(task),
-                machine.map(|machine| machine.phase.state()).as_ref(),
-            )
-        });
-        let ready = self.task(container).and_then(|task| {
-            let instance = task.instance(container)?;
-            Ok((instance, task.usage.clone()))
-        });
-        let (instance, last) = match ready {
-            Ok(ready) => ready,
+        let from = match self.model.task(container) {
+            Err(_) => From::Backend,
+            Ok(task) => from(
+                &self.model.effective(task),
+                self.model.machine_of(task).as_ref(),
+            ),
+        };
+        let instance = match self.instance(container) {
+            Ok(instance) => instance,
             Err(error) => return drop(reply.send(Err(error))),
         };
+        let last = self.held.get(container).and_then(|held| held.usage.clone());
         match (from, last) {
             (From::Resting, last) => drop(reply.send(Ok(resting(last)))),
             (From::Standing, Some(last)) => drop(reply.send(Ok(last))),
@@ -108,10 +104,26 @@ impl Driver {
     }
 
     fn usage_read(&mut self, container: &str, result: Result<Stats>, reply: Reply<Stats>) {
-        if let (Ok(stats), Some(task)) = (&result, self.tasks.get_mut(container)) {
-            task.usage = Some(stats.clone());
-        }
-        let _ = reply.send(result);
+        let stops = self.model.task(container).is_ok_and(|task| {
+            let state = self.model.effective(task);
+            matches!(state, State::Stopping | State::Stopped)
+        });
+        let Some(held) = self.held.get_mut(container) else {
+            return drop(reply.send(result));
+        };
+        let answer = match result {
+            Ok(stats) => {
+                held.usage = Some(stats.clone());
+                Ok(stats)
+            }
+            // What was asked has stopped meanwhile, or its guest has.
+            Err(error) if stops => {
+                debug!("usage of {container}: {}", error.chain());
+                Ok(resting(held.usage.clone()))
+            }
+            Err(error) => Err(error),
+        };
+        let _ = reply.send(answer);
     }
 }
 
