@@ -122,8 +122,11 @@ pub struct MachineConfig {
     pub channel: Channel,
     /// vCPUs of a pod that sets no CPU limit.
     pub vcpus: u32,
-    /// Memory of a pod that sets no memory limit.
+    /// What the containers without a memory limit can use together.
     pub memory_mib: u64,
+    /// What guest kernel and agent take beside the containers, without the 1/64 of the
+    /// containers' memory that describes its pages.
+    pub guest_overhead_mib: u64,
     /// vCPUs that a running machine can grow to; 0: the host's CPUs, at most 16.
     pub max_vcpus: u32,
     /// Memory that a running machine can grow to; 0: the host's.
@@ -148,6 +151,7 @@ impl Default for MachineConfig {
             channel: Channel::default(),
             vcpus: 1,
             memory_mib: 256,
+            guest_overhead_mib: 96,
             max_vcpus: 0,
             max_memory_mib: 0,
             disk_gib: 10,

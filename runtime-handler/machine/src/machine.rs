@@ -53,7 +53,7 @@ use crate::migrate::offer::Offer;
 use crate::network::plan::{Held, NetworkPlan};
 use crate::network::{apply as network, plan as network_plan};
 use crate::record::{Folder, Record, machine_uuid};
-use crate::resize::{Ledger, Reached};
+use crate::size::{Ledger, Reached};
 use crate::spec::SandboxSpec;
 use crate::storage::apply::{self as storage, QemuUser};
 use crate::storage::cache;
@@ -115,6 +115,8 @@ pub struct Machine {
     plan: Mutex<DomainPlan>,
     /// Its containers' limits, and one change of its size at a time.
     sizing: tokio::sync::Mutex<Ledger>,
+    /// What of the pod's size the machine cannot give, for people.
+    shortfalls: Mutex<Vec<String>>,
     cpu_shares: Option<u64>,
     accelerator: Accelerator,
     /// The guest's `uname -r`, once it told.
@@ -239,12 +241,7 @@ impl Machine {
         let uuid = record.uuid;
         let pod = machine_uuid(&record.containerd_namespace, &record.sandbox_id);
         let waits = migration::source_of(&spec.pod).is_some();
-        let wanted = size::plan(
-            &config,
-            &sandbox.annotations,
-            &spec.pod.annotations,
-            host_size()?,
-        )?;
+        let wanted = size::plan(&config, &spec.pod.size, &spec.pod.annotations, host_size()?)?;
         check_readable("kernel", &config.kernel)?;
         check_readable("initramfs", &config.initramfs)?;
         check_socket_path(&folder.console_socket())?;
@@ -337,6 +334,7 @@ impl Machine {
             "machine {uuid} for {}: {} vCPUs, {} MiB, {accelerator:?}",
             plan.title, wanted.size.vcpus, wanted.size.memory_mib
         );
+        let ledger = Ledger::new(wanted.basis);
         let agent = connect(&channel);
         if waits {
             // Nobody speaks to the guest before it runs here.
@@ -353,7 +351,8 @@ impl Machine {
             events,
             qemu_user: capabilities.qemu_user,
             plan: Mutex::new(plan),
-            sizing: tokio::sync::Mutex::new(Ledger::new(wanted.basis)),
+            shortfalls: Mutex::new(ledger.shortfalls(&wanted.size)),
+            sizing: tokio::sync::Mutex::new(ledger),
             cpu_shares: wanted.cpu_shares,
             accelerator,
             kernel_release: Mutex::default(),
@@ -437,6 +436,7 @@ impl Machine {
             vcpus: reached.vcpus,
             memory_bytes: reached.memory_mib() << 20,
             kernel_release: lock(&self.kernel_release).clone(),
+            notes: lock(&self.shortfalls).clone(),
         }
     }
 

@@ -14,9 +14,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::Paths;
-use crate::domain::Size;
 use crate::kept::Kept;
-use crate::resize::Reached;
+use crate::size::{Reached, Size};
 use crate::storage::apply::write_atomically;
 
 /// The format's version.

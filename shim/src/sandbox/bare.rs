@@ -51,7 +51,8 @@ impl Driver {
         let no_annotations = std::collections::HashMap::new();
         let annotations = oci.annotations().as_ref().unwrap_or(&no_annotations);
         let identity = Identity::of(id, annotations)?;
-        let pod = spec::pod_info(&identity, annotations, &launch.config)?;
+        let mut pod = spec::pod_info(&identity, annotations, &launch.config)?;
+        pod.size = request.pod.size;
         self.check_fence(id, &pod.uid)?;
         let spec = ContainerSpec {
             id: id.clone(),

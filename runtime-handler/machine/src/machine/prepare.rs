@@ -24,10 +24,10 @@ pub(super) fn title(spec: &ContainerSpec) -> String {
     format!("{}/{}", spec.pod.namespace, spec.pod.name)
 }
 
-pub(super) fn host_size() -> Result<size::Host> {
+pub(super) fn host_size() -> Result<size::create::Host> {
     let info = nix::sys::sysinfo::sysinfo().context(|| "ask for the host's memory".into())?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    Ok(size::Host {
+    Ok(size::create::Host {
         cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
         memory_mib: info.ram_total() >> 20,
     })
