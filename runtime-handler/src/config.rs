@@ -131,6 +131,13 @@ pub struct MachineConfig {
     pub max_vcpus: u32,
     /// Memory that a running machine can grow to; 0: the host's.
     pub max_memory_mib: u64,
+    /// kubelet's `--root-dir`; unset: its folders are told by the pod's uid alone.
+    pub kubelet_root: Option<PathBuf>,
+    /// containerd's `root`; unset, as [`Self::containerd_state`]: its folders are told by the
+    /// ids of sandbox and container alone.
+    pub containerd_root: Option<PathBuf>,
+    /// containerd's `state`.
+    pub containerd_state: Option<PathBuf>,
     /// Virtual size of the pod's sparse writable disk.
     pub disk_gib: u64,
     /// How long a machine may take from power-on to its agent's first answer.
@@ -154,6 +161,9 @@ impl Default for MachineConfig {
             guest_overhead_mib: 96,
             max_vcpus: 0,
             max_memory_mib: 0,
+            kubelet_root: None,
+            containerd_root: None,
+            containerd_state: None,
             disk_gib: 10,
             boot_timeout_s: 60,
             source_address_s: 300,
