@@ -137,12 +137,22 @@ pub struct MachineConfig {
     pub channel: Channel,
     /// vCPUs of a pod that sets no CPU limit.
     pub vcpus: u32,
-    /// Memory of a pod that sets no memory limit.
+    /// What the containers without a memory limit can use together.
     pub memory_mib: u64,
+    /// What guest kernel and agent take beside the containers, without the 1/64 of the
+    /// containers' memory that describes its pages.
+    pub guest_overhead_mib: u64,
     /// vCPUs that a running machine can grow to; 0: the host's CPUs, at most 16.
     pub max_vcpus: u32,
     /// Memory that a running machine can grow to; 0: the host's.
     pub max_memory_mib: u64,
+    /// kubelet's `--root-dir`; unset: its folders are told by the pod's uid alone.
+    pub kubelet_root: Option<PathBuf>,
+    /// containerd's `root`; unset, as [`Self::containerd_state`]: its folders are told by the
+    /// ids of sandbox and container alone.
+    pub containerd_root: Option<PathBuf>,
+    /// containerd's `state`.
+    pub containerd_state: Option<PathBuf>,
     /// Virtual size of the pod's sparse writable disk.
     pub disk_gib: u64,
     /// How long a machine may take from power-on to its agent's first answer.
@@ -163,8 +173,12 @@ impl Default for MachineConfig {
             channel: Channel::default(),
             vcpus: 1,
             memory_mib: 256,
+            guest_overhead_mib: 96,
             max_vcpus: 0,
             max_memory_mib: 0,
+            kubelet_root: None,
+            containerd_root: None,
+            containerd_state: None,
             disk_gib: 10,
             boot_timeout_s: 60,
             source_address_s: 300,

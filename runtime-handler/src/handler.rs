@@ -143,6 +143,8 @@ pub struct MachineInfo {
     pub memory_bytes: u64,
     /// `uname -r` in the guest; empty while unknown.
     pub kernel_release: String,
+    /// What of the pod's wishes it cannot give, one sentence each.
+    pub notes: Vec<String>,
 }
 
 /// Runs one pod.

@@ -39,6 +39,56 @@ pub struct PodInfo {
     pub uid: String,
     /// `dyad.dev/*` annotations that the configuration allows.
     pub annotations: BTreeMap<String, String>,
+    /// Of the sandbox: what its containers ask for in all.
+    pub size: PodSize,
+}
+
+/// What a pod's containers ask for in all, as CRI tells it with the sandbox
+/// (`LinuxContainerResources`): kubelet's sums over the containers, in the kernel's terms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PodSize {
+    /// CFS period, microseconds.
+    pub cpu_period: i64,
+    /// CFS quota, microseconds; not positive: no container has a limit.
+    pub cpu_quota: i64,
+    /// cgroup v1 shares, 1024 for a CPU that is requested; 2: nothing is.
+    pub cpu_shares: i64,
+    /// Bytes; not positive: no container has a limit.
+    pub memory_limit: i64,
+}
+
+impl PodSize {
+    /// The limits of those that have one, in thousandths of a CPU.
+    pub fn cpu_limit_milli(&self) -> Option<u64> {
+        match (self.cpu_quota, self.cpu_period) {
+            (1.., 1..) => {
+                let quota = self.cpu_quota.unsigned_abs();
+                Some(quota.saturating_mul(1000) / self.cpu_period.unsigned_abs())
+            }
+            _ => None,
+        }
+    }
+
+    /// The requests, in thousandths of a CPU.
+    pub fn cpu_request_milli(&self) -> Option<u64> {
+        // 2 is what CRI writes for "no request".
+        (self.cpu_shares > 2).then(|| {
+            self.cpu_shares
+                .unsigned_abs()
+                .saturating_mul(1000)
+                .div_ceil(1024)
+        })
+    }
+
+    /// For the pod's cgroup.
+    pub fn cpu_shares(&self) -> Option<u64> {
+        (self.cpu_shares > 0).then_some(self.cpu_shares.unsigned_abs())
+    }
+
+    /// The limits of those that have one, in bytes.
+    pub fn memory_limit(&self) -> Option<u64> {
+        (self.memory_limit > 0).then_some(self.memory_limit.unsigned_abs())
+    }
 }
 
 /// The open ends of a process's stdio on the host side. The shim owns the FIFOs

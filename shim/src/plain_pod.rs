@@ -16,13 +16,14 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use dyad_runtime_handler::error::Context as _;
+use dyad_runtime_handler::spec::PodSize;
 use dyad_runtime_handler::{Error, Result};
 use nix::sys::statfs::{FsType, fstatfs};
 use oci_spec::runtime::{
     LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType as Type, LinuxResources, Mount, Spec,
 };
 
-use crate::pod_spec::{Client, HostNamespaces, PodConfig, PodSize};
+use crate::pod_spec::{Client, HostNamespaces, PodConfig};
 use crate::spec;
 
 /// Where namespaces' files are (linux/magic.h: NSFS_MAGIC).
@@ -110,7 +111,7 @@ fn config(spec: &Spec, network: Network, annotations: HashMap<String, String>) -
             .unwrap_or_default()
             .into_iter()
             .collect(),
-        size: size.map(pod_size),
+        size: size.map(pod_size).unwrap_or_default(),
         ..PodConfig::default()
     }
 }

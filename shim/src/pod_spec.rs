@@ -9,13 +9,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use dyad_runtime_handler::error::Context as _;
+use dyad_runtime_handler::spec::PodSize;
 use dyad_runtime_handler::{Error, Result};
 use oci_spec::runtime::Spec;
 use serde_json::{Map, Value, json};
 
-use crate::spec::{
-    CONTAINER_TYPE, SANDBOX_ID, SANDBOX_NAME, SANDBOX_NAMESPACE, SANDBOX_UID, SIZE_PREFIX,
-};
+use crate::spec::{CONTAINER_TYPE, SANDBOX_ID, SANDBOX_NAME, SANDBOX_NAMESPACE, SANDBOX_UID};
 
 /// Of the pod's annotations only ours matter to a backend.
 const OWN_PREFIX: &str = "dyad.dev/";
@@ -49,7 +48,7 @@ pub struct PodConfig {
     /// Kernel parameters of its namespaces.
     pub sysctls: BTreeMap<String, String>,
     /// The sum of its containers' requests and limits, where the kubelet tells.
-    pub size: Option<PodSize>,
+    pub size: PodSize,
 }
 
 /// Who makes a pod.
@@ -82,19 +81,6 @@ pub struct Dns {
     pub searches: Vec<String>,
     /// Options of resolv.conf.
     pub options: Vec<String>,
-}
-
-/// A pod's size, in the kernel's terms.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct PodSize {
-    /// CFS period, microseconds.
-    pub cpu_period: i64,
-    /// CFS quota, microseconds; 0: no limit.
-    pub cpu_quota: i64,
-    /// cgroup v1 shares.
-    pub cpu_shares: i64,
-    /// Bytes; 0: no limit.
-    pub memory_limit: i64,
 }
 
 /// The spec of the sandbox `id`, with the annotations that CRI would put on a pause
@@ -172,16 +158,6 @@ fn annotations(id: &str, pod: &PodConfig) -> BTreeMap<String, String> {
         set(SANDBOX_NAME, &pod.name);
         set(SANDBOX_NAMESPACE, &pod.namespace);
         set(SANDBOX_UID, &pod.uid);
-    }
-    if let Some(size) = &pod.size {
-        for (name, value) in [
-            ("cpu-period", size.cpu_period),
-            ("cpu-quota", size.cpu_quota),
-            ("cpu-shares", size.cpu_shares),
-            ("memory", size.memory_limit),
-        ] {
-            set(&format!("{SIZE_PREFIX}{name}"), &value.to_string());
-        }
     }
     all
 }
@@ -308,23 +284,16 @@ mod tests {
     }
 
     #[test]
-    fn a_size_becomes_the_annotations_of_a_pause_container() {
-        let mut sized = pod();
-        sized.size = Some(PodSize {
-            cpu_quota: 150_000,
-            memory_limit: 1 << 29,
-            ..PodSize::default()
-        });
-        sized.annotations = BTreeMap::from([
+    fn of_the_annotations_only_ours_and_who_it_is_are_kept() {
+        let mut annotated = pod();
+        annotated.annotations = BTreeMap::from([
             ("dyad.dev/vcpus".into(), "2".into()),
             ("other.io/a".into(), "b".into()),
             // Nobody passes himself off as another pod.
             ("io.kubernetes.cri.sandbox-id".into(), "s2".into()),
         ]);
-        let spec = spec("s1", &sized).unwrap();
+        let spec = spec("s1", &annotated).unwrap();
         let annotations = spec.annotations().as_ref().unwrap();
-        assert_eq!(annotations["io.kubernetes.cri.sandbox-cpu-quota"], "150000");
-        assert_eq!(annotations["io.kubernetes.cri.sandbox-memory"], "536870912");
         assert_eq!(annotations["dyad.dev/vcpus"], "2");
         assert_eq!(annotations[SANDBOX_ID], "s1");
         assert!(!annotations.contains_key("other.io/a"));

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use dyad_linux::files::{PRIVATE, write_atomically};
 use dyad_runtime_handler::error::Context as _;
-use dyad_runtime_handler::spec::{PodInfo, Role};
+use dyad_runtime_handler::spec::{PodInfo, PodSize, Role};
 use dyad_runtime_handler::{Error, Result};
 use oci_spec::runtime::Spec;
 use serde::Deserialize;
@@ -24,7 +24,7 @@ pub const SANDBOX_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
 /// Its pod's uid.
 pub const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
 /// With `cpu-period`, `cpu-quota`, `cpu-shares` or `memory`: the pod's size, on its sandbox.
-pub const SIZE_PREFIX: &str = "io.kubernetes.cri.sandbox-";
+const SIZE_PREFIX: &str = "io.kubernetes.cri.sandbox-";
 
 /// What a container is and whose.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -139,7 +139,8 @@ impl Identity {
 /// The pod of a container, with those of its annotations that `config` allows.
 ///
 /// # Errors
-/// `InvalidArgument` naming an annotation of ours that is unknown or not allowed.
+/// `InvalidArgument` naming an annotation of ours that is unknown or not allowed, or one of
+/// CRI's that is no number.
 pub fn pod_info(
     identity: &Identity,
     annotations: &HashMap<String, String>,
@@ -152,6 +153,26 @@ pub fn pod_info(
         name: text(SANDBOX_NAME),
         uid: text(SANDBOX_UID),
         annotations: config.pod_annotations(annotations)?,
+        size: pod_size(annotations)?,
+    })
+}
+
+/// With a pause container CRI tells the pod's size by annotations of its spec.
+fn pod_size(annotations: &HashMap<String, String>) -> Result<PodSize> {
+    let number = |part: &str| -> Result<i64> {
+        let name = format!("{SIZE_PREFIX}{part}");
+        let Some(text) = annotations.get(&name) else {
+            return Ok(0);
+        };
+        text.parse().map_err(|_| {
+            Error::InvalidArgument(format!("annotation {name}: {text:?} is not a number"))
+        })
+    };
+    Ok(PodSize {
+        cpu_period: number("cpu-period")?,
+        cpu_quota: number("cpu-quota")?,
+        cpu_shares: number("cpu-shares")?,
+        memory_limit: number("memory")?,
     })
 }
 
@@ -193,6 +214,23 @@ mod tests {
         }
         let annotations = annotations(&[(CONTAINER_TYPE, "podsandbox")]);
         assert!(Identity::of("c", &annotations).is_err());
+    }
+
+    #[test]
+    fn a_pods_size_is_read_where_a_pause_container_tells_it() {
+        let told = annotations(&[
+            ("io.kubernetes.cri.sandbox-cpu-quota", "150000"),
+            ("io.kubernetes.cri.sandbox-cpu-period", "100000"),
+            ("io.kubernetes.cri.sandbox-memory", "536870912"),
+        ]);
+        let size = pod_size(&told).unwrap();
+        assert_eq!(size.cpu_limit_milli(), Some(1500));
+        assert_eq!(size.memory_limit(), Some(512 << 20));
+        assert_eq!(size.cpu_request_milli(), None);
+        assert_eq!(pod_size(&HashMap::new()).unwrap(), PodSize::default());
+        let odd = annotations(&[("io.kubernetes.cri.sandbox-memory", "x")]);
+        let error = pod_size(&odd).unwrap_err().to_string();
+        assert!(error.contains("sandbox-memory: \"x\""), "{error}");
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub const VOLUMES: &str = "/run/dyad/volumes";
 pub const POD_VOLUMES: &str = "/run/dyad/pod/volumes";
 
 /// File systems that the host may have us mount on a folder.
-const FILESYSTEMS: &[&str] = &["tmpfs", "virtiofs", "ext4", "xfs", "btrfs"];
+const FILESYSTEMS: &[&str] = &["tmpfs", "virtiofs", "erofs", "ext4", "xfs", "btrfs"];
 
 /// Mode of the folders on the way to a file.
 const FOLDER_MODE: Mode = Mode::from_bits_truncate(0o755);
@@ -386,7 +386,10 @@ fn prune_below(folder: OwnedFd, path: &Path, keep: &HashSet<&Path>) -> std::io::
         let name = entry.file_name();
         let path = path.join(&name);
         let is_folder = entry.file_type()?.is_dir();
-        if is_folder {
+        if is_folder && !keep.contains(path.as_path()) && rootfs::is_mount_point(&path) {
+            // An image; its disk is the host's to take away.
+            rootfs::unmount(&path).map_err(std::io::Error::other)?;
+        } else if is_folder {
             let flags = OFlag::O_PATH | OFlag::O_DIRECTORY;
             let below = match open_beneath(&folder, &name, flags) {
                 Ok(below) => below,

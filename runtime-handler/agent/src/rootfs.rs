@@ -211,7 +211,10 @@ pub fn make_folder_in(root: &Path, path: &Path) -> Result<()> {
 }
 
 /// Unmounts; fine where nothing is mounted.
-fn unmount(target: &Path) -> Result<()> {
+///
+/// # Errors
+/// Something holds it.
+pub fn unmount(target: &Path) -> Result<()> {
     match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
         Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
         Err(error) => Err(error).context(|| format!("unmount {}", target.display())),

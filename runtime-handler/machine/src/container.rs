@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use dyad_agent_api::proto::agent::{CreateOptions, File, PutFilesRequest};
+use dyad_agent_api::proto::agent::file::Content;
+use dyad_agent_api::proto::agent::{CreateOptions, File, Filesystem, PutFilesRequest};
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
 use dyad_runtime_handler::handler::{Instance, ProcessId};
@@ -19,8 +20,11 @@ use crate::guest::Agent;
 use crate::machine::Machine;
 use crate::migrate::offer::{Position, Traveller};
 use crate::seccomp::{self, Filter};
-use crate::storage::{apply as storage, plan as storage_plan};
-use crate::volumes::plan::{Copy, How, Termination, VOLUMES, VolumePlan};
+use crate::storage::apply::{self as storage, Image};
+use crate::storage::plan as storage_plan;
+use crate::volumes::mounts::Mounts;
+use crate::volumes::plan::{Copy, How, IMAGE_SEEDS, ImageVolume, Termination, VOLUMES, VolumePlan};
+use crate::volumes::roots::{Ids, Roots};
 use crate::volumes::{copy, plan as volume_plan, sync};
 
 /// How long the last output may take to its FIFOs once a process is deleted.
@@ -49,8 +53,12 @@ struct Parts {
     /// Adapted to the guest but for its mounts.
     oci: Spec,
     mounts: Vec<Mount>,
+    roots: Roots,
+    ids: Ids,
     filter: Filter,
     readonly_root: bool,
+    /// The serials of the images that are its volumes, in the order of its mounts.
+    image_volumes: Vec<String>,
 }
 
 /// What it is in the guest.
@@ -60,6 +68,8 @@ struct Made {
     options: CreateOptions,
     copies: Vec<Copy>,
     termination: Option<Termination>,
+    /// Its mounts of images.
+    images: Vec<File>,
 }
 
 struct State {
@@ -80,13 +90,16 @@ impl Parts {
     }
 
     fn make(&self, guest_id: &str, serial: &str) -> Result<Made> {
-        let mut plan = volume_plan::plan(guest_id, &self.mounts, copy::look)?;
+        let mut plan = self.volumes(guest_id)?;
         copy::resolve(&mut plan)?;
         let VolumePlan {
             mounts,
             copies,
             termination,
+            images,
         } = plan;
+        let images = images.iter().zip(&self.image_volumes);
+        let images = images.map(|(volume, serial)| image_mount(volume, serial));
         let mut oci = self.oci.clone();
         oci.set_mounts(Some(mounts));
         let options = CreateOptions {
@@ -103,7 +116,13 @@ impl Parts {
             options,
             copies,
             termination,
+            images: images.collect(),
         })
+    }
+
+    fn volumes(&self, guest_id: &str) -> Result<VolumePlan> {
+        let (mounts, roots, ids) = (&self.mounts, &self.roots, &self.ids);
+        volume_plan::plan(guest_id, mounts, roots, ids, &copy::ThisHost)
     }
 }
 
@@ -126,35 +145,51 @@ impl Container {
         let name = name_of(&spec);
         let mut guest = crate::spec::container(spec.oci)?;
         let mounts = guest.oci.mounts().clone().unwrap_or_default();
+        let mut parts = Parts {
+            mounts,
+            roots: machine.roots(),
+            ids: Ids {
+                pod_uid: spec.pod.uid.clone(),
+                sandbox: spec.pod.sandbox_id.clone(),
+                container: spec.id.clone(),
+            },
+            filter: Filter {
+                program: Vec::new(),
+                flags: 0,
+            },
+            readonly_root: guest.readonly_root,
+            image_volumes: Vec::new(),
+            oci: guest.oci,
+        };
         // What a machine cannot honour is refused before anything is made.
-        volume_plan::plan(&spec.id, &mounts, copy::look)?;
+        let volumes = parts.volumes(&spec.id)?;
         let root = storage_plan::plan(&spec.rootfs, &spec.bundle.join("rootfs"))
             .map_err(|error| Error::InvalidArgument(error.to_string()))?;
 
         let (shared, private) = machine.image_dirs();
         let convert = storage::image(root, shared, private, machine.qemu_user());
+        let convert_volumes = image_volumes(&machine, &volumes.images);
         let profile = guest.seccomp.take();
         let compile = blocking("compile the seccomp profile", move || {
             profile.as_ref().map(seccomp::compile).transpose()
         });
-        let (image, filter) = tokio::try_join!(convert, compile)?;
-        let filter = filter.unwrap_or(Filter {
-            program: Vec::new(),
-            flags: 0,
-        });
-
-        let parts = Parts {
-            oci: guest.oci,
-            mounts,
-            filter,
-            readonly_root: guest.readonly_root,
-        };
+        let (image, image_volumes, filter) = tokio::try_join!(convert, convert_volumes, compile)?;
+        if let Some(filter) = filter {
+            parts.filter = filter;
+        }
+        parts.image_volumes = image_volumes
+            .iter()
+            .map(|image| image.key.clone())
+            .collect();
         let waits = machine.is_waiting();
         let serial = if waits {
             image.key.clone()
         } else {
             machine.ready().await?;
             machine.admit(&name, parts.resources()).await?;
+            for image in &image_volumes {
+                machine.plug(image).await?;
+            }
             machine.plug(&image).await?
         };
         let made = Arc::new(parts.make(&spec.id, &serial)?);
@@ -203,6 +238,24 @@ impl Container {
     /// The serial by which the guest knows its image.
     pub fn image_serial(&self) -> String {
         self.made().options.root_disk_serial.clone()
+    }
+
+    /// The serials of all disks that it uses.
+    pub fn image_serials(&self) -> Vec<String> {
+        let mut serials = self.parts.image_volumes.clone();
+        serials.push(self.image_serial());
+        serials
+    }
+
+    /// What of it no migration takes along, for people.
+    pub fn migration_blocker(&self) -> Option<String> {
+        let has_image_volumes = !self.parts.image_volumes.is_empty();
+        has_image_volumes.then(|| {
+            format!(
+                "container {} has an image as a volume, which does not move yet; take it out, or recreate the pod on the other node",
+                self.name
+            )
+        })
     }
 
     /// The guest's id for it.
@@ -273,7 +326,17 @@ impl Container {
         let agent = self.machine.agent();
         let made = self.made();
         self.lock().boot = boot;
-        self.put(&agent, made.copies.clone(), Vec::new()).await?;
+        let mut copies = made.copies.clone();
+        // What the container made of it is its own.
+        copies.retain(|copy| !(options.again && copy.how == How::Seed));
+        self.put(&agent, copies, Vec::new()).await?;
+        if !made.images.is_empty() {
+            let request = PutFilesRequest {
+                files: made.images.clone(),
+                ..Default::default()
+            };
+            agent.put_files(request).await?;
+        }
         let process = ProcessId::init(&self.id);
         agent.create(&made.guest_id, stdio, options).await?;
         self.machine.started(process.clone());
@@ -594,14 +657,41 @@ impl Instance for ContainerInstance {
         if container.is_gone() {
             return Ok(());
         }
-        if !made.copies.is_empty() {
-            let own = Path::new(VOLUMES).join(&made.guest_id);
-            let prune = vec![own.to_string_lossy().into_owned()];
+        if !made.copies.is_empty() || !made.images.is_empty() {
+            let own = [VOLUMES, IMAGE_SEEDS].map(|base| Path::new(base).join(&made.guest_id));
+            let prune = own.map(|dir| dir.to_string_lossy().into_owned()).to_vec();
             if let Err(error) = container.put(&agent, Vec::new(), prune).await {
                 debug!("remove the volumes of {}: {}", container.id, error.chain());
             }
         }
         Ok(())
+    }
+}
+
+/// The images that are volumes, converted like any.
+async fn image_volumes(machine: &Machine, volumes: &[ImageVolume]) -> Result<Vec<Image>> {
+    let mut images = Vec::new();
+    for volume in volumes {
+        let mounted = Mounts::read()?.mounted(&volume.host);
+        let root = storage_plan::mounted(mounted, &volume.host);
+        let (shared, private) = machine.image_dirs();
+        images.push(storage::image(root, shared, private, machine.qemu_user()).await?);
+    }
+    Ok(images)
+}
+
+fn image_mount(volume: &ImageVolume, serial: &str) -> File {
+    let filesystem = Filesystem {
+        kind: "erofs".into(),
+        disk_serial: serial.to_owned(),
+        options: ["ro", "nosuid", "nodev"].map(String::from).to_vec(),
+        ..Default::default()
+    };
+    File {
+        path: volume.guest.to_string_lossy().into_owned(),
+        mode: 0o755,
+        content: Some(Content::Filesystem(filesystem)),
+        ..Default::default()
     }
 }
 

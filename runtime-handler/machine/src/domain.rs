@@ -19,13 +19,16 @@ use quick_xml::Writer;
 use quick_xml::events::BytesText;
 use uuid::Uuid;
 
-use crate::resize::{BLOCK_MIB, Reached, pluggable_mib};
+use crate::size::{BLOCK_MIB, Reached, Size};
 
 /// The XML namespace of our metadata element.
 pub const METADATA_NAMESPACE: &str = "https://dyad.dev/machine/1";
 
 /// Name of the virtio-serial port the agent listens on.
 pub use dyad_agent_api::link::PORT_NAME as AGENT_PORT;
+
+/// QEMU's cache of translated code. Part of what the RuntimeClass's overhead is for.
+const TCG_CACHE_MIB: &str = "128";
 
 /// What executes guest code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -35,19 +38,6 @@ pub enum Accelerator {
     Kvm,
     /// QEMU's software emulation.
     Tcg,
-}
-
-/// How big the machine is, and may become.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Size {
-    /// vCPUs at power-on.
-    pub vcpus: u32,
-    /// vCPUs it can grow to.
-    pub max_vcpus: u32,
-    /// Memory at power-on.
-    pub memory_mib: u64,
-    /// Memory it can grow to.
-    pub max_memory_mib: u64,
 }
 
 /// The way to the agent.
@@ -194,7 +184,15 @@ impl DomainPlan {
             })?;
             element(w, "features", &[], |w| {
                 empty(w, "acpi", &[])?;
-                empty(w, "apic", &[])
+                empty(w, "apic", &[])?;
+                match self.accelerator {
+                    Accelerator::Kvm => Ok(()),
+                    // Without a bound it is an eighth of the host's memory, up to 1 GiB, which no
+                    // pod's cgroup counts on.
+                    Accelerator::Tcg => element(w, "tcg", &[], |w| {
+                        text(w, "tb-cache", &[("unit", "MiB")], TCG_CACHE_MIB)
+                    }),
+                }
             })?;
             self.write_cpu(w)?;
             element(w, "clock", &[("offset", "utc")], |w| {
@@ -213,7 +211,7 @@ impl DomainPlan {
         let slots = [("slots", "16"), ("unit", "MiB")];
         text(w, "maxMemory", &slots, &size.max_memory_mib.to_string())?;
         let unit = [("unit", "MiB")];
-        let all = size.memory_mib + pluggable_mib(size);
+        let all = size.memory_mib + size.pluggable_mib();
         text(w, "memory", &unit, &all.to_string())?;
         let left = self.reached.memory_mib().to_string();
         text(w, "currentMemory", &unit, &left)?;
@@ -310,7 +308,7 @@ impl DomainPlan {
 
     /// The device that adds memory; `None`: there is none to add.
     pub fn plugged_memory(&self) -> Option<PluggedMemory> {
-        let size_mib = pluggable_mib(&self.size);
+        let size_mib = self.size.pluggable_mib();
         (size_mib > 0).then_some(PluggedMemory {
             size_mib,
             requested_mib: self.reached.plugged_mib,

@@ -4,8 +4,8 @@
 //! driver --> Machines (handler) --> Sandbox --> Machine --> libvirt, network, storage, cgroup
 //!                               \-> Container -----^  \---> guest (agent client)
 //! ```
-//! Planning is pure and has golden files or tables: [`domain`], [`size`], [`resize`], [`spec`],
-//! [`events`], `network::plan`, `storage::plan`, `volumes::plan`. Only [`libvirt`] knows
+//! Planning is pure and has golden files or tables: [`domain`], [`size`], [`spec`], [`events`],
+//! `network::plan`, `storage::plan`, `volumes::plan`. Only [`libvirt`] knows
 //! `virt`, only `network::apply` netlink, only [`guest`] the agent's messages.
 
 pub mod accelerator;
@@ -23,7 +23,6 @@ mod machine;
 pub mod migrate;
 pub mod network;
 pub mod record;
-pub mod resize;
 mod sandbox;
 pub mod seccomp;
 pub mod size;

@@ -55,7 +55,7 @@ use crate::migrate::offer::Offer;
 use crate::network::apply as network;
 use crate::network::plan::{Held, NetworkPlan};
 use crate::record::{Folder, Record};
-use crate::resize::Ledger;
+use crate::size::Ledger;
 use crate::spec::SandboxSpec;
 use crate::storage::apply::QemuUser;
 use crate::storage::cache;
@@ -98,6 +98,8 @@ pub struct Machine {
     plan: Mutex<DomainPlan>,
     /// Its containers' limits.
     ledger: Mutex<Ledger>,
+    /// What of the pod's size the machine cannot give, for people.
+    shortfalls: Mutex<Vec<String>>,
     network: Mutex<NetworkPlan>,
     /// What its guest has of its source's network, for a while.
     former: Mutex<Held>,
@@ -217,6 +219,7 @@ impl Machine {
             // Nobody speaks to the guest before it runs here.
             agent.close();
         }
+        let ledger = Ledger::new(prepared.wanted.basis);
         Self {
             config: site.config,
             paths: site.paths,
@@ -232,8 +235,9 @@ impl Machine {
             pod_key: prepared.pod_key,
             kubernetes_namespace: prepared.kubernetes_namespace,
             states: watch::Sender::new(State::new(waits)),
+            shortfalls: Mutex::new(ledger.shortfalls(&prepared.wanted.size)),
             plan: Mutex::new(prepared.plan),
-            ledger: Mutex::new(Ledger::new(prepared.wanted.basis)),
+            ledger: Mutex::new(ledger),
             network: Mutex::new(prepared.network),
             former: Mutex::default(),
             offer: Mutex::default(),
@@ -298,6 +302,7 @@ impl Machine {
             vcpus: reached.vcpus,
             memory_bytes: reached.memory_mib() << 20,
             kernel_release: lock(&self.kernel_release).clone(),
+            notes: lock(&self.shortfalls).clone(),
         }
     }
 

@@ -16,9 +16,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::Paths;
-use crate::domain::Size;
 use crate::kept::Kept;
-use crate::resize::Reached;
+use crate::size::{Reached, Size};
 
 /// The format's version.
 const VERSION: u32 = 1;

@@ -24,8 +24,6 @@ pub struct SandboxSpec {
     pub cgroups_path: Option<String>,
     /// Pod-level sysctls.
     pub sysctls: HashMap<String, String>,
-    /// containerd's annotations.
-    pub annotations: HashMap<String, String>,
 }
 
 /// A container's spec for the guest.
@@ -88,7 +86,6 @@ pub fn sandbox(oci: &Spec) -> Result<SandboxSpec> {
             .map(|path| path.to_string_lossy().into_owned())
             .filter(|path| !path.is_empty()),
         sysctls: linux.and_then(|l| l.sysctl().clone()).unwrap_or_default(),
-        annotations: oci.annotations().clone().unwrap_or_default(),
     })
 }
 

@@ -4,3 +4,4 @@
 pub mod apply;
 pub mod cache;
 pub mod plan;
+mod view;

@@ -103,6 +103,47 @@ async fn layers_are_merged_and_converted_once() {
 }
 
 #[tokio::test]
+async fn files_keep_their_times_and_two_unpackings_give_the_same_bytes() {
+    if !root() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("dir");
+    let at = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000);
+    let mut made = Vec::new();
+    for unpacking in ["one", "two"] {
+        // The folder is made as the need arises, so its time is another each time.
+        let layer = dir.path().join(unpacking).join("fs");
+        fs::create_dir_all(layer.join("implied")).expect("dir");
+        let stamp = fs::File::create(layer.join("implied/stamp")).expect("file");
+        std::io::Write::write_all(&mut &stamp, b"x").expect("written");
+        stamp.set_modified(at).expect("time");
+        fs::hard_link(layer.join("implied/stamp"), layer.join("linked")).expect("link");
+        let (images, private) = (
+            dir.path().join(format!("{unpacking}-i")),
+            dir.path().join("p"),
+        );
+        let image = apply::image(plan(&[&layer], None), images, private, None).await;
+        made.push(image.expect("image").file);
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let bytes = |file: &PathBuf| fs::read(file).expect("image");
+    assert!(bytes(&made[0]) == bytes(&made[1]), "the images differ");
+    let told = |path: &str| {
+        let output = Command::new("dump.erofs")
+            .env("TZ", "UTC")
+            .arg(format!("--path={path}"))
+            .arg(&made[0])
+            .output()
+            .expect("dump.erofs");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    for path in ["/implied/stamp", "/implied", "/"] {
+        assert!(told(path).contains("2023-11-14 22:13:20"), "{}", told(path));
+    }
+    assert!(told("/linked").contains("Links: 2"), "{}", told("/linked"));
+}
+
+#[tokio::test]
 async fn many_layers_fit_the_kernel_s_option_page() {
     if !root() {
         return;

@@ -540,6 +540,7 @@ fn pod(wire: StateResponse) -> Pod {
             vcpus: machine.vcpus,
             memory_bytes: machine.memory_bytes,
             kernel_release: machine.kernel_release,
+            notes: machine.notes,
         }),
         shim: ShimProcess {
             pid: wire.shim_pid,

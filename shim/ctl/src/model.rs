@@ -141,6 +141,7 @@ pub struct Machine {
     pub vcpus: u32,
     pub memory_bytes: u64,
     pub kernel_release: String,
+    pub notes: Vec<String>,
 }
 
 /// The process that answers for the pod.
@@ -341,6 +342,7 @@ pub mod tests {
             vcpus: 2,
             memory_bytes: 1,
             kernel_release: "6.1".into(),
+            notes: Vec::new(),
         });
         let json = serde_json::to_value(&pod).unwrap();
         let keys = |value: &serde_json::Value| {
@@ -363,7 +365,7 @@ pub mod tests {
         );
         assert_eq!(
             keys(&json["machine"]),
-            "accelerator domain kernel_release libvirt_uri memory_bytes uuid vcpus"
+            "accelerator domain kernel_release libvirt_uri memory_bytes notes uuid vcpus"
         );
         assert_eq!(json["tasks"][1]["since"], "2025-12-31T23:59:59.123Z");
         assert_eq!(json["tasks"][0]["exit_status"], serde_json::Value::Null);

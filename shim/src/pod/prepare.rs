@@ -108,7 +108,10 @@ fn prepared(
     if is_of_plain_pod && !identity.cri {
         identity = identity.member_of(&launch.sandbox_id);
     }
-    let pod = spec::pod_info(&identity, annotations, &launch.config)?;
+    let mut pod = spec::pod_info(&identity, annotations, &launch.config)?;
+    if let Some(config) = &bare {
+        pod.size = config.size;
+    }
     let done_on_source = match identity.role {
         Role::Container => BTreeSet::new(),
         Role::Sandbox => migration::done_on_source(&pod)?,

@@ -309,6 +309,7 @@ fn machine(info: MachineInfo) -> wire::Machine {
         vcpus: info.vcpus,
         memory_bytes: info.memory_bytes,
         kernel_release: info.kernel_release,
+        notes: info.notes,
         ..Default::default()
     }
 }

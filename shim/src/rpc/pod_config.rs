@@ -1,11 +1,12 @@
 //! Reads the pod's configuration out of the Sandbox API's `CreateSandbox`.
 
 use dyad_api::cri as wire;
+use dyad_runtime_handler::spec::PodSize;
 use dyad_runtime_handler::{Error, Result};
 use protobuf::well_known_types::any::Any;
 use protobuf::{EnumOrUnknown, Message as _};
 
-use crate::pod_spec::{Client, Dns, HostNamespaces, PodConfig, PodSize};
+use crate::pod_spec::{Client, Dns, HostNamespaces, PodConfig};
 
 const TYPE: &str = "runtime.v1.PodSandboxConfig";
 /// CRI allows no more; a pod's annotations are at most 256 KiB.
@@ -64,12 +65,16 @@ pub fn decode(options: &Any, netns: &str) -> Result<PodConfig> {
         user_namespace,
         netns: Some(netns).filter(|path| !path.is_empty()).map(Into::into),
         sysctls: linux.sysctls.into_iter().collect(),
-        size: linux.resources.into_option().map(|size| PodSize {
-            cpu_period: size.cpu_period,
-            cpu_quota: size.cpu_quota,
-            cpu_shares: size.cpu_shares,
-            memory_limit: size.memory_limit_in_bytes,
-        }),
+        size: linux
+            .resources
+            .into_option()
+            .map(|size| PodSize {
+                cpu_period: size.cpu_period,
+                cpu_quota: size.cpu_quota,
+                cpu_shares: size.cpu_shares,
+                memory_limit: size.memory_limit_in_bytes,
+            })
+            .unwrap_or_default(),
     })
 }
 
@@ -148,7 +153,7 @@ mod tests {
         assert_eq!(pod.netns, Some("/run/netns/x".into()));
         assert!(pod.shares.ipc && !pod.shares.pid && !pod.shares.network);
         assert_eq!(pod.dns.unwrap().servers, ["10.0.0.1"]);
-        assert_eq!(pod.size.unwrap().memory_limit, 7);
+        assert_eq!(pod.size.memory_limit, 7);
         assert!(!pod.user_namespace);
         // Some clients prefix the type.
         let prefixed = any(

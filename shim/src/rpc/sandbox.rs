@@ -118,6 +118,7 @@ impl SandboxService {
                 "vcpus": machine.vcpus,
                 "memoryBytes": machine.memory_bytes,
                 "kernelRelease": machine.kernel_release,
+                "notes": machine.notes,
             })
         });
         let own = json!({"kind": self.handler.kind().to_string(), "machine": machine});

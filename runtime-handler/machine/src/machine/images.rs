@@ -9,6 +9,7 @@ use super::{Machine, lock};
 use crate::domain::{AgentChannel, ImageDisk};
 use crate::guest::Agent;
 use crate::storage::apply::{Image, QemuUser};
+use crate::volumes::roots::Roots;
 
 impl Machine {
     /// Plugs the image in, unless it is; gives the serial that the guest finds it by. It
@@ -45,7 +46,7 @@ impl Machine {
         let used: Vec<String> = self
             .named_containers()
             .iter()
-            .map(|(_, container)| container.image_serial())
+            .flat_map(|(_, container)| container.image_serials())
             .collect();
         let mut idle = lock(&self.plan).images.clone();
         idle.retain(|disk| !used.contains(&disk.serial));
@@ -65,6 +66,11 @@ impl Machine {
     /// Where converted images are kept, and where those of one pod only.
     pub fn image_dirs(&self) -> (PathBuf, PathBuf) {
         (self.folder.images.clone(), self.folder.dir.join("images"))
+    }
+
+    /// Where others keep what they mount into its pod.
+    pub fn roots(&self) -> Roots {
+        Roots::new(&self.config, &self.paths.state_dir)
     }
 
     /// The user that must be able to read images.

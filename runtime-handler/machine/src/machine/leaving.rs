@@ -79,6 +79,11 @@ impl Machine {
         if let Some(blocker) = found.blockers.first() {
             return Err(refuse(format!("the machine has {blocker}")));
         }
+        let containers = self.named_containers();
+        let blockers = containers.iter().map(|(_, container)| container);
+        if let Some(blocker) = blockers.filter_map(|its| its.migration_blocker()).next() {
+            return Err(refuse(blocker));
+        }
         let here = self.libvirt.versions().await?;
         let plugged_mib = lock(&self.plan).reached.plugged_mib;
         if let Some(blocker) = emulation_blocker(self.accelerator, &here.qemu, plugged_mib) {

@@ -19,12 +19,11 @@ use crate::libvirt::Libvirt;
 use crate::network::plan::NetworkPlan;
 use crate::network::{apply as network, plan as network_plan};
 use crate::record::{Folder, Record};
-use crate::resize::Reached;
-use crate::size::PodSize;
+use crate::size::{self, Reached};
 use crate::spec::SandboxSpec;
 use crate::storage::apply::{self as storage, QemuUser};
 use crate::storage::cache;
-use crate::{Paths, accelerator, host, size};
+use crate::{Paths, accelerator, host};
 
 /// A unix socket's address holds no more.
 const SOCKET_PATH_MAX: usize = 107;
@@ -44,7 +43,7 @@ pub(super) struct Prepared {
     /// As it was saved.
     pub record: Record,
     pub plan: DomainPlan,
-    pub wanted: PodSize,
+    pub wanted: size::Plan,
     pub network: NetworkPlan,
     pub qemu_user: Option<QemuUser>,
     pub pod_key: Option<Uuid>,
@@ -70,12 +69,7 @@ pub(super) async fn prepare(site: &Site, spec: &ContainerSpec) -> Result<Prepare
     let uuid = record.uuid;
     let pod = pod_uuid(&record.containerd_namespace, &record.sandbox_id);
     let waits = migration::source_of(&spec.pod)?.is_some();
-    let wanted = size::plan(
-        config,
-        &sandbox.annotations,
-        &spec.pod.annotations,
-        host_size()?,
-    )?;
+    let wanted = size::plan(config, &spec.pod.size, &spec.pod.annotations, host_size()?)?;
     check_readable("kernel", &config.kernel)?;
     check_readable("initramfs", &config.initramfs)?;
     check_socket_path(&folder.console_socket())?;
@@ -179,10 +173,10 @@ pub(super) fn title(spec: &ContainerSpec) -> String {
     format!("{}/{}", spec.pod.namespace, spec.pod.name)
 }
 
-pub(super) fn host_size() -> Result<size::Host> {
+pub(super) fn host_size() -> Result<size::create::Host> {
     let info = nix::sys::sysinfo::sysinfo().context(|| "ask for the host's memory".into())?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    Ok(size::Host {
+    Ok(size::create::Host {
         cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
         memory_mib: info.ram_total() >> 20,
     })

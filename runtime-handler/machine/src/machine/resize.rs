@@ -9,10 +9,9 @@ use log::{info, warn};
 use oci_spec::runtime::LinuxResources;
 
 use super::{Machine, lock};
-use crate::domain::Size;
 use crate::guest::Agent;
 use crate::migrate::offer::Sizing;
-use crate::resize::{Limits, Reached, plugged_mib};
+use crate::size::{Limits, Reached, Size, plugged_mib};
 
 /// How long a guest may take to give memory back, or to take it.
 const MEMORY_WITHIN: Duration = Duration::from_secs(10);
@@ -36,10 +35,11 @@ impl Machine {
     /// # Errors
     /// `InvalidArgument` with the bounds, for what the machine cannot become.
     pub async fn grows_by(&self, container: &str, resources: &LinuxResources) -> Result<bool> {
-        let mut ledger = lock(&self.ledger).clone();
+        let ledger = lock(&self.ledger).clone();
         let limits = ledger.limits(container).changed_by(resources);
-        ledger.set(container, limits);
-        let (target, was) = (ledger.target(&self.size())?, self.reached());
+        let size = self.size();
+        let target = ledger.with(container, limits, &size)?.target(&size);
+        let was = self.reached();
         Ok(target.memory_mib() > was.memory_mib() || target.vcpus > was.vcpus)
     }
 
@@ -61,9 +61,9 @@ impl Machine {
 
     async fn follow_limits(&self, container: &str, limits: Limits) -> Result<()> {
         let _turn = self.sizing.turn().await;
-        let mut changed = lock(&self.ledger).clone();
-        changed.set(container, limits);
-        let target = changed.target(&self.size())?;
+        let size = self.size();
+        let changed = lock(&self.ledger).with(container, limits, &size)?;
+        let target = changed.target(&size);
         let was = self.reached();
         if target != was
             && let Err(error) = self.become_size(target).await
@@ -73,6 +73,7 @@ impl Machine {
             }
             return Err(error);
         }
+        *lock(&self.shortfalls) = changed.shortfalls(&size);
         *lock(&self.ledger) = changed;
         Ok(())
     }
@@ -98,6 +99,7 @@ impl Machine {
             plan.size = sizing.size;
             plan.reached = sizing.reached;
         }
+        *lock(&self.shortfalls) = sizing.ledger.shortfalls(&sizing.size);
         *lock(&self.ledger) = sizing.ledger.clone();
     }
 

@@ -10,12 +10,12 @@ use quick_xml::events::Event;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::domain::{Accelerator, Size};
+use crate::domain::Accelerator;
 use crate::network::plan::Held;
-use crate::resize::{Ledger, Reached};
+use crate::size::{Ledger, Reached, Size};
 
 /// The version of all three messages.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Prefix and namespace of the target's offer.
 pub const OFFER: (&str, &str) = ("dyadoffer", "https://dyad.dev/migration/offer/1");
@@ -429,8 +429,8 @@ mod tests {
     #[test]
     fn damaged_and_newer_messages_are_refused_by_name() {
         for (element, part) in [
-            ("<offer>{\"version\":2}</offer>", "version 2"),
-            ("<offer>{\"version\":1}</offer>", "missing field"),
+            ("<offer>{\"version\":3}</offer>", "version 3"),
+            ("<offer>{\"version\":2}</offer>", "missing field"),
             ("<offer>{</offer>", "offer"),
             ("<offer>", "offer"),
             ("", "offer"),

@@ -1,6 +1,5 @@
 //! Makes the disks that [`super::plan`] decided on.
 
-use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -12,16 +11,16 @@ use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::{Whence, lseek};
 
-use super::cache;
 use super::plan::{LayerIdentity, RootPlan, image_key};
+use super::{cache, view};
 
 /// Every image's file system has this UUID; nothing looks images up by it.
 const IMAGE_UUID: &str = "64796164-0000-5000-8000-696d61676502";
+/// When every image's file system was made, in seconds: the end of the year 9999.
+const MADE_AT: &str = "253402300799";
 
 /// The file and mode of the user that QEMU runs as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,7 +137,7 @@ fn image_blocking(
             cache::note(&image.file, &layers)?;
         }
         let partial = dir.join(format!("{}.{}", image.key, cache::PARTIAL));
-        let made = convert(&layers, dir, &partial, owner).and_then(|()| {
+        let made = convert(&layers, private, dir, &partial, owner).and_then(|()| {
             std::fs::rename(&partial, &image.file)
                 .context(|| format!("move the image to {}", image.file.display()))
         });
@@ -168,28 +167,34 @@ fn identity(layer: &Path) -> Result<LayerIdentity> {
     })
 }
 
-/// Merges the layers in a mount namespace that ends with this thread, so that not even a
-/// crash leaves a mount behind, and writes the view as EROFS.
-fn convert(layers: &[PathBuf], dir: &Path, to: &Path, owner: Option<QemuUser>) -> Result<()> {
+/// Writes the layers, merged, as EROFS. What is not `private` is equal to the byte wherever the
+/// image is converted.
+fn convert(
+    layers: &[PathBuf],
+    private: bool,
+    dir: &Path,
+    to: &Path,
+    owner: Option<QemuUser>,
+) -> Result<()> {
     let source = match layers {
-        [only] => only.clone(),
-        several => {
-            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS)
-                .context(|| "make a mount namespace".into())?;
-            let none: Option<&str> = None;
-            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
-                .context(|| "make mounts private".into())?;
+        [only] if private => only.clone(),
+        layers => {
             let view = dir.join(".view");
             std::fs::create_dir_all(&view).context(|| format!("create {}", view.display()))?;
-            merge(several, &view)?;
-            view
+            let merged = view::merge(layers, &view)?;
+            if !private {
+                view::settle_times(&merged, layers)?;
+            }
+            merged
         }
     };
     let _ = std::fs::remove_file(to);
-    // Two conversions of one image are equal to the byte, also on two nodes: fixed times, and
-    // a fixed UUID where mkfs.erofs would draw one.
+    // Files keep the times that the image gives them; the file system itself has a fixed time,
+    // later than any of them since they are cut to it, and a fixed UUID where mkfs.erofs would
+    // draw one.
     run(Command::new("mkfs.erofs")
-        .args(["-T0", "-d0", "-U", IMAGE_UUID])
+        .env("SOURCE_DATE_EPOCH", MADE_AT)
+        .args(["-d0", "-U", IMAGE_UUID])
         .arg(to)
         .arg(&source))
     .context(|| format!("convert the image's root to {}", to.display()))?;
@@ -203,53 +208,6 @@ fn convert(layers: &[PathBuf], dir: &Path, to: &Path, owner: Option<QemuUser>) -
         .context(|| format!("set the mode of {}", to.display()))?;
     file.sync_all()
         .context(|| format!("write {}", to.display()))
-}
-
-/// Mounts the layers, topmost first, as one read-only overlay on `view`. Mount options are
-/// limited to a page, so long lists are named relative to their common parent.
-fn merge(layers: &[PathBuf], view: &Path) -> Result<()> {
-    let mut names = joined(layers);
-    let back = std::env::current_dir().ok();
-    if names.len() > 4000 {
-        let parent = common_parent(layers);
-        std::env::set_current_dir(&parent).context(|| format!("change to {}", parent.display()))?;
-        let relative: Vec<PathBuf> = layers
-            .iter()
-            .map(|layer| layer.strip_prefix(&parent).unwrap_or(layer).to_owned())
-            .collect();
-        names = joined(&relative);
-    }
-    let mut options = OsString::from("lowerdir=");
-    options.push(names);
-    let mounted = mount(
-        Some("overlay"),
-        view,
-        Some("overlay"),
-        MsFlags::MS_RDONLY,
-        Some(options.as_os_str()),
-    )
-    .context(|| format!("merge {} layers", layers.len()));
-    if let Some(back) = back {
-        let _ = std::env::set_current_dir(back);
-    }
-    mounted
-}
-
-fn joined(layers: &[PathBuf]) -> OsString {
-    let names: Vec<String> = layers
-        .iter()
-        .map(|layer| {
-            let name = layer.to_string_lossy();
-            name.replace('\\', r"\\").replace(':', r"\:")
-        })
-        .collect();
-    names.join(":").into()
-}
-
-fn common_parent(layers: &[PathBuf]) -> PathBuf {
-    let mut parent = layers[0].parent().unwrap_or(Path::new("/")).to_owned();
-    while !layers.iter().all(|layer| layer.starts_with(&parent)) && parent.pop() {}
-    parent
 }
 
 /// Creates the pod's writable disk: sparse, and (`format`) ext4, tables written lazily by
@@ -414,14 +372,6 @@ pub fn data_bytes(file: &Path) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_common_parent_is_found() {
-        let layers = ["/s/1/fs", "/s/2/fs"].map(PathBuf::from);
-        assert_eq!(common_parent(&layers), Path::new("/s"));
-        let apart = ["/a/1", "/b/1"].map(PathBuf::from);
-        assert_eq!(common_parent(&apart), Path::new("/"));
-    }
 
     #[test]
     fn what_is_allocated_and_empty_is_no_data() {

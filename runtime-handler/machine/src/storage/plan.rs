@@ -6,7 +6,7 @@ use dyad_runtime_handler::spec::RootMount;
 use uuid::Uuid;
 
 /// Identifies converted images; the version changes when their layout does.
-const IMAGE_NAMESPACE: Uuid = Uuid::from_u128(0x6479_6164_0000_5000_8000_696d_6167_6502);
+const IMAGE_NAMESPACE: Uuid = Uuid::from_u128(0x6479_6164_0000_5000_8000_696d_6167_6503);
 
 /// The directories that make a container's root.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +65,20 @@ pub fn plan(mounts: &[RootMount], rootfs: &Path) -> Result<RootPlan, RootPlanErr
     }
 }
 
+/// Reads what containerd mounted on `target` for an image that is a volume; anything but an
+/// overlay with absolute layers is taken as it is seen there.
+pub fn mounted(mount: Option<RootMount>, target: &Path) -> RootPlan {
+    mount
+        .filter(|mount| mount.fstype == "overlay")
+        .and_then(|mount| overlay(&mount.options).ok())
+        .filter(|root| root.layers.iter().all(|layer| layer.is_absolute()))
+        .unwrap_or_else(|| RootPlan {
+            layers: vec![target.to_owned()],
+            upper: None,
+            private: true,
+        })
+}
+
 fn bind(mount: &RootMount) -> Result<RootPlan, RootPlanError> {
     Ok(RootPlan {
         layers: vec![PathBuf::from(&mount.source)],
@@ -85,6 +99,7 @@ fn overlay(options: &[String]) -> Result<RootPlan, RootPlanError> {
             // The snapshotter's marks are read as they were written.
             Some(("redirect_dir" | "index" | "xino" | "metacopy", _)) => {}
             Some(("uidmap" | "gidmap", _)) => return Err(RootPlanError::Option(option.clone())),
+            Some(("uuid" | "verity" | "fsync", _)) => {}
             _ if matches!(option.as_str(), "userxattr" | "volatile" | "ro" | "rw") => {}
             _ => return Err(RootPlanError::Option(option.clone())),
         }
@@ -220,6 +235,29 @@ mod tests {
             plan(&empty, Path::new("/r")),
             Err(RootPlanError::NoLowerDir)
         );
+    }
+
+    #[test]
+    fn an_image_that_is_mounted_has_the_layers_of_its_overlay_or_is_taken_as_seen() {
+        let target = Path::new("/s/image-volumes/s1/d");
+        let layers = |options: &[&str]| {
+            let root = mounted(Some(mount("overlay", "overlay", options)), target);
+            (root.layers, root.private)
+        };
+        let of_image = [
+            "rw",
+            "lowerdir=/l/2/fs:/l/1/fs",
+            "upperdir=/l/9/fs",
+            "workdir=/l/9/work",
+            "volatile",
+        ];
+        assert_eq!(
+            layers(&of_image),
+            (vec!["/l/2/fs".into(), "/l/1/fs".into()], false)
+        );
+        let as_seen = (vec![target.to_owned()], true);
+        assert_eq!(layers(&["rw", "lowerdir=2/fs:1/fs"]), as_seen);
+        assert_eq!(mounted(None, target).layers, as_seen.0);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use dyad_agent_api::proto::agent::file::Content;
 use dyad_agent_api::proto::agent::{File, Filesystem};
@@ -12,15 +12,33 @@ use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs, statfs};
 
-use super::plan::{Copy, How, Source, VolumePlan};
+use super::mounts::Mounts;
+use super::plan::{Copy, Host, How, Source, VolumePlan};
 
 /// ConfigMaps and Secrets hold 1 MiB at most; projected ones may gather a few.
 const COPY_MAX_BYTES: u64 = 16 << 20;
 /// Files and directories of one volume.
 const COPY_MAX_FILES: usize = 4096;
 
-/// What a mount's source is.
-pub fn look(path: &Path) -> Source {
+/// The host itself.
+pub struct ThisHost;
+
+impl Host for ThisHost {
+    fn look(&self, path: &Path) -> Source {
+        look(path)
+    }
+
+    fn behind(&self, volumes: &Path, volume: &str, source: &Path) -> Option<PathBuf> {
+        let mounts = Mounts::read().ok()?;
+        // One folder for each kind of volume, and in it one for each volume.
+        fs::read_dir(volumes).ok()?.flatten().find_map(|plugin| {
+            let volume = plugin.path().join(volume);
+            Some(volume.join(mounts.way_below(&volume, source)?))
+        })
+    }
+}
+
+fn look(path: &Path) -> Source {
     match fs::metadata(path) {
         Err(_) => Source::Missing,
         Ok(meta) if meta.is_file() => Source::File,
@@ -53,7 +71,7 @@ pub fn resolve(plan: &mut VolumePlan) -> Result<()> {
 pub fn read(copy: &Copy) -> Result<Vec<File>> {
     let what = || reading(&copy.host);
     match copy.how {
-        How::Tree => read_tree(copy),
+        How::Tree | How::Seed => read_tree(copy),
         How::File => {
             let node = Node::open(&copy.host).context(what)?;
             Ok(vec![regular(&copy.host, &copy.guest, &node, &mut 0)?])

@@ -3,12 +3,15 @@
 //! | mount | in the guest |
 //! |---|---|
 //! | proc, sysfs, cgroup, mqueue, tmpfs, devpts | as it is |
-//! | the pod's /dev/shm | the guest's own /dev/shm |
+//! | the pod's /dev/shm | the pod's in the guest: 64 MiB |
 //! | emptyDir | a directory of the pod's disk |
-//! | emptyDir in memory | a directory in the guest's memory |
+//! | emptyDir in memory | a tmpfs of the same size |
+//! | subPath | the same below its volume |
 //! | ConfigMap, Secret, projected, downwardAPI | copied in, kept in sync |
 //! | a single file, read-only or kubelet's own | copied in, kept in sync |
 //! | termination log | copied in empty, copied back at the container's end |
+//! | VOLUME of the image | a directory of the pod's disk, that begins as containerd seeded it |
+//! | image as a volume | its EROFS disk, read-only |
 //! | any other host path | refused by name |
 
 use std::path::{Path, PathBuf};
@@ -17,12 +20,16 @@ use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::Result;
 use oci_spec::runtime::Mount;
 
+use super::roots::{self, Ids, Role, Roots};
+
 /// Where copied files lie in the guest: in memory.
 pub const VOLUMES: &str = "/run/dyad/volumes";
 /// Where emptyDir volumes lie in the guest: on the pod's disk.
 pub const POD_VOLUMES: &str = "/run/dyad/pod/volumes";
-/// The pod's shared memory in the guest.
-pub const SHM: &str = "/dev/shm";
+/// Where the VOLUMEs of images lie in the guest; no emptyDir can have that name.
+pub const IMAGE_SEEDS: &str = "/run/dyad/pod/volumes/.image";
+/// The pod's shared memory in the guest, as the agent mounts it.
+pub const SHM: &str = "/run/dyad/shm";
 
 /// Filesystems that the guest mounts itself.
 const GUEST_TYPES: [&str; 7] = [
@@ -55,6 +62,8 @@ pub enum How {
     Directory,
     /// The same on a tmpfs of the same size.
     Memory,
+    /// A directory with all below, once: from then on it is the container's.
+    Seed,
 }
 
 /// What is made in the guest before the container.
@@ -86,16 +95,38 @@ pub struct VolumePlan {
     pub copies: Vec<Copy>,
     /// To be copied back.
     pub termination: Option<Termination>,
+    /// Images to be mounted before the container is created.
+    pub images: Vec<ImageVolume>,
 }
 
-/// Decides what the mounts of `container` become; `look` tells what a source is.
+/// An image as a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageVolume {
+    /// Where containerd mounted it on the host.
+    pub host: PathBuf,
+    /// Where it is mounted in the guest.
+    pub guest: PathBuf,
+}
+
+/// Tells of the host what a plan needs to know.
+pub trait Host {
+    /// What a mount's source is.
+    fn look(&self, path: &Path) -> Source;
+    /// The path below `volumes`, a pod's, that kubelet mounted on `source` for a subPath of
+    /// `volume`.
+    fn behind(&self, volumes: &Path, volume: &str, source: &Path) -> Option<PathBuf>;
+}
+
+/// Decides what the mounts of a container become that the guest knows as `guest_id`.
 ///
 /// # Errors
 /// `InvalidArgument` naming the mount that a machine cannot have, and the way out.
 pub fn plan(
-    container: &str,
+    guest_id: &str,
     mounts: &[Mount],
-    look: impl Fn(&Path) -> Source,
+    roots: &Roots,
+    ids: &Ids,
+    host: &dyn Host,
 ) -> Result<VolumePlan> {
     let mut plan = VolumePlan::default();
     for (index, mount) in mounts.iter().enumerate() {
@@ -110,22 +141,57 @@ pub fn plan(
                 "mount of type {kind:?} on {destination}: a machine's guest cannot mount it"
             )));
         }
-        let Some(source) = mount.source() else {
+        let Some(asked) = mount.source() else {
             return Err(Error::InvalidArgument(format!(
                 "bind mount on {destination} has no source"
             )));
         };
-        let own = || PathBuf::from(format!("{VOLUMES}/{container}/{index}"));
-        let guest = match (look(source), role(source, mount)) {
+        let mut source = asked.clone();
+        let mut role = roots::role(roots, ids, asked);
+        if let Role::SubPath(volumes, volume) = &role
+            && let Some(behind) = host.behind(volumes, volume, asked)
+        {
+            role = roots::role(roots, ids, &behind);
+            source = behind;
+        }
+        let source = &source;
+        let own = || PathBuf::from(format!("{VOLUMES}/{guest_id}/{index}"));
+        let guest = match (host.look(source), role) {
             (_, Role::SharedMemory) => PathBuf::from(SHM),
-            (Source::MemoryDirectory, Role::EmptyDir(name)) => {
+            (Source::MemoryDirectory, Role::EmptyDir(name, way)) => {
                 // Shared by name between the pod's containers.
                 let base = Path::new(VOLUMES).join("empty-dir");
-                empty_dir(&mut plan.copies, source, &base, &name, How::Memory)
+                empty_dir(
+                    &mut plan.copies,
+                    source,
+                    &base.join(name),
+                    &way,
+                    How::Memory,
+                )
             }
-            (Source::Directory, Role::EmptyDir(name)) => {
-                let base = Path::new(POD_VOLUMES);
-                empty_dir(&mut plan.copies, source, base, &name, How::Directory)
+            (Source::Directory, Role::EmptyDir(name, way)) => {
+                let volume = Path::new(POD_VOLUMES).join(name);
+                empty_dir(&mut plan.copies, source, &volume, &way, How::Directory)
+            }
+            (Source::Directory | Source::MemoryDirectory, Role::ImageSeed) => {
+                // By its place in the container: containerd draws the order anew each time.
+                let name = mount.destination().to_string_lossy();
+                let name = name.replace('%', "%25").replace('/', "%2F");
+                let guest = Path::new(IMAGE_SEEDS).join(guest_id).join(name);
+                plan.copies.push(Copy {
+                    host: source.clone(),
+                    guest: guest.clone(),
+                    how: How::Seed,
+                });
+                guest
+            }
+            (Source::Directory | Source::MemoryDirectory, Role::Image(image, way)) => {
+                let guest = own();
+                plan.images.push(ImageVolume {
+                    host: image,
+                    guest: guest.clone(),
+                });
+                guest.join(way)
             }
             (Source::File, role) => {
                 if role == Role::Other && !is_read_only(mount) {
@@ -187,23 +253,29 @@ pub fn plan(
 }
 
 /// The volume itself and, for a subPath, the directory in it.
-fn empty_dir(copies: &mut Vec<Copy>, source: &Path, base: &Path, name: &str, how: How) -> PathBuf {
-    let depth = name.matches('/').count();
-    if let Some(volume) = source.ancestors().nth(depth) {
+fn empty_dir(
+    copies: &mut Vec<Copy>,
+    source: &Path,
+    volume: &Path,
+    way: &Path,
+    how: How,
+) -> PathBuf {
+    if let Some(host) = source.ancestors().nth(way.components().count()) {
         copies.push(Copy {
-            host: volume.to_owned(),
-            guest: base.join(name.split('/').next().unwrap_or(name)),
+            host: host.to_owned(),
+            guest: volume.to_owned(),
             how,
         });
     }
-    let guest = base.join(name);
-    if depth > 0 {
-        copies.push(Copy {
-            host: source.to_owned(),
-            guest: guest.clone(),
-            how: How::Directory,
-        });
+    if way.as_os_str().is_empty() {
+        return volume.to_owned();
     }
+    let guest = volume.join(way);
+    copies.push(Copy {
+        host: source.to_owned(),
+        guest: guest.clone(),
+        how: How::Directory,
+    });
     guest
 }
 
@@ -215,71 +287,6 @@ pub fn volumes_on_disk(copies: &[Copy]) -> impl Iterator<Item = PathBuf> {
             copy.how == How::Directory && copy.guest.parent() == Some(Path::new(POD_VOLUMES))
         })
         .map(|copy| copy.host.clone())
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Role {
-    SharedMemory,
-    /// An emptyDir's name.
-    EmptyDir(String),
-    /// What kubelet keeps current: ConfigMap and its like.
-    Published,
-    Termination,
-    /// hosts, hostname, resolv.conf.
-    Identity,
-    Other,
-}
-
-/// kubelet's and containerd's directories have fixed names; their roots are configurable.
-fn role(source: &Path, mount: &Mount) -> Role {
-    let parts: Vec<&str> = source
-        .components()
-        .filter_map(|part| part.as_os_str().to_str())
-        .collect();
-    let destination = mount.destination();
-    if destination == Path::new(SHM) && parts.last() == Some(&"shm") {
-        return Role::SharedMemory;
-    }
-    if let Some(at) = parts.iter().position(|part| *part == "volumes") {
-        match (parts.get(at + 1).copied(), parts.get(at + 2)) {
-            (Some("kubernetes.io~empty-dir"), Some(name)) => {
-                // A subPath stays inside its volume.
-                return Role::EmptyDir(
-                    std::iter::once(name)
-                        .chain(&parts[at + 3..])
-                        .copied()
-                        .collect::<Vec<_>>()
-                        .join("/"),
-                );
-            }
-            (
-                Some(
-                    "kubernetes.io~configmap"
-                    | "kubernetes.io~secret"
-                    | "kubernetes.io~projected"
-                    | "kubernetes.io~downward-api",
-                ),
-                Some(_),
-            ) => return Role::Published,
-            _ => {}
-        }
-    }
-    // <root>/pods/<uid>/containers/<name>/<id> and <root>/pods/<uid>/etc-hosts
-    if let Some(at) = parts.iter().position(|part| *part == "pods") {
-        match parts[at + 1..] {
-            [_, "containers", _, _] => return Role::Termination,
-            [_, "etc-hosts"] => return Role::Identity,
-            _ => {}
-        }
-    }
-    // <root>/io.containerd.grpc.v1.cri/sandboxes/<id>/hosts, …
-    // and <pod>/pod-files/hosts, … where there is no pause container
-    if let [.., "sandboxes", _, "hosts" | "hostname" | "resolv.conf"]
-    | [.., "pod-files", "hosts" | "hostname" | "resolv.conf"] = parts[..]
-    {
-        return Role::Identity;
-    }
-    Role::Other
 }
 
 fn is_bind(mount: &Mount, kind: &str) -> bool {
@@ -315,6 +322,32 @@ fn guest_options(mount: &Mount) -> Vec<String> {
 mod tests {
     use super::*;
 
+    /// All sources are `0`; a subPath's is `1`.
+    struct All(Source, Option<PathBuf>);
+
+    impl Host for All {
+        fn look(&self, _: &Path) -> Source {
+            self.0
+        }
+
+        fn behind(&self, _: &Path, _: &str, _: &Path) -> Option<PathBuf> {
+            self.1.clone()
+        }
+    }
+
+    fn planned(mount: Mount, host: &All) -> Result<VolumePlan> {
+        let roots = Roots {
+            own_state: "/run/dyad".into(),
+            ..Roots::default()
+        };
+        let ids = Ids {
+            pod_uid: "0000-uid".into(),
+            sandbox: "s1".into(),
+            container: "k1".into(),
+        };
+        plan("c1", &[mount], &roots, &ids, host)
+    }
+
     const POD: &str = "/var/lib/kubelet/pods/0000-uid";
     const SANDBOX: &str = "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/s1";
 
@@ -338,7 +371,7 @@ mod tests {
     }
 
     fn one(mount: Mount, source: Source) -> Result<VolumePlan> {
-        plan("c1", &[mount], |_| source)
+        planned(mount, &All(source, None))
     }
 
     fn guest_source(plan: &VolumePlan) -> &str {
@@ -447,7 +480,70 @@ mod tests {
             Source::MemoryDirectory,
         )
         .expect("plan");
-        assert_eq!(guest_source(&plan), "/dev/shm");
+        assert_eq!(guest_source(&plan), "/run/dyad/shm");
+        // An emptyDir that is called so, or mounted there, is an emptyDir.
+        let volume = format!("{POD}/volumes/kubernetes.io~empty-dir/shm");
+        let asked = one(
+            bind(&volume, "/dev/shm", &["rbind"]),
+            Source::MemoryDirectory,
+        )
+        .expect("plan");
+        assert_eq!(guest_source(&asked), "/run/dyad/volumes/empty-dir/shm");
+        assert_eq!(asked.copies[0].how, How::Memory);
+    }
+
+    #[test]
+    fn a_sub_path_is_where_its_volume_is() {
+        let mount = || {
+            bind(
+                &format!("{POD}/volume-subpaths/v/app/0"),
+                "/v",
+                &["rbind", "ro"],
+            )
+        };
+        let behind = |path: &str| Some(PathBuf::from(format!("{POD}/volumes/{path}")));
+        let cache = behind("kubernetes.io~empty-dir/v/a/b");
+        let plan = planned(mount(), &All(Source::Directory, cache)).expect("plan");
+        assert_eq!(guest_source(&plan), "/run/dyad/pod/volumes/v/a/b");
+        let key = behind("kubernetes.io~configmap/v/..2026/key");
+        let plan = planned(mount(), &All(Source::File, key.clone())).expect("plan");
+        assert_eq!(plan.copies[0].how, How::File);
+        assert_eq!(Some(&plan.copies[0].host), key.as_ref());
+        let claim = behind("kubernetes.io~csi/v/mount/a");
+        assert!(planned(mount(), &All(Source::Directory, claim)).is_err());
+        assert!(planned(mount(), &All(Source::Directory, None)).is_err());
+    }
+
+    #[test]
+    fn a_volume_of_the_image_is_seeded_on_the_pods_disk() {
+        let cri = "/var/lib/containerd/io.containerd.grpc.v1.cri";
+        let mount = bind(
+            &format!("{cri}/containers/k1/volumes/7"),
+            "/var/data",
+            &["rbind", "rw"],
+        );
+        let plan = one(mount, Source::Directory).expect("plan");
+        assert_eq!(
+            guest_source(&plan),
+            "/run/dyad/pod/volumes/.image/c1/%2Fvar%2Fdata"
+        );
+        assert_eq!(plan.copies[0].how, How::Seed);
+        assert_eq!(volumes_on_disk(&plan.copies).count(), 0);
+    }
+
+    #[test]
+    fn an_image_as_a_volume_is_mounted_and_bound_from_there() {
+        let image = "/run/containerd/io.containerd.grpc.v1.cri/image-volumes/s1/abc";
+        let mount = bind(&format!("{image}/usr/share"), "/tools", &["rbind", "ro"]);
+        let plan = one(mount, Source::Directory).expect("plan");
+        assert_eq!(guest_source(&plan), "/run/dyad/volumes/c1/0/usr/share");
+        assert_eq!(
+            plan.images,
+            [ImageVolume {
+                host: image.into(),
+                guest: "/run/dyad/volumes/c1/0".into(),
+            }]
+        );
     }
 
     #[test]

@@ -52,7 +52,7 @@ where
                 (Some(dir), Some(name)) => (dir.to_owned(), Some(name.to_owned())),
                 _ => continue,
             },
-            How::Directory | How::Memory => continue,
+            How::Directory | How::Memory | How::Seed => continue,
         };
         let watch = inotify
             .add_watch(&dir, flags)

@@ -50,6 +50,7 @@ fn facts(pod: &Pod) -> String {
                 ),
             ),
             ("Kernel", machine.kernel_release.clone()),
+            ("Note", machine.notes.join("; ")),
         ]);
     }
     facts.push((
@@ -107,9 +108,14 @@ mod tests {
             vcpus: 2,
             memory_bytes: 512 << 20,
             kernel_release: String::new(),
+            notes: vec!["it has at most 512 MiB".into()],
         });
         let text = facts(&pod);
         assert!(text.contains("Size:     2 vCPU, 512 MiB, tcg\n"), "{text}");
+        assert!(
+            text.contains("Note:     it has at most 512 MiB\n"),
+            "{text}"
+        );
         assert!(
             !text.contains("Kernel"),
             "what is not known is left out: {text}"

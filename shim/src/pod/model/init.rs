@@ -20,7 +20,7 @@ use crate::pod::{Gone, TaskEvent};
 impl Model {
     // --- Checkpoint --------------------------------------------------------------
 
-    pub(super) fn checkpoint(&self, job: &Job, to: Box<Checkpoint>) -> Result<Next> {
+    pub(super) fn checkpoint(&mut self, job: &Job, to: Box<Checkpoint>) -> Result<Next> {
         let container = &job.container;
         self.made(container)?;
         match self.tasks.get(container).map(Task::state) {

@@ -13,6 +13,7 @@ mod dyadctl;
 mod events;
 mod exec;
 mod files;
+mod guest_files;
 mod in_place;
 mod kinds;
 mod lifecycle;
@@ -107,6 +108,7 @@ pub fn all() -> Vec<Case> {
         stdio::CASES,
         process::CASES,
         files::CASES,
+        guest_files::CASES,
         network::CASES,
         resources::CASES,
         kinds::CASES,
