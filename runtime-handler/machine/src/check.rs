@@ -141,10 +141,9 @@ fn channel(choice: Channel, vhost: &Path) -> Check {
         (Channel::Vsock, false) => Check::fail(
             "channel",
             format!("vsock is configured, and there is no {}", vhost.display()),
-            "load vhost_vsock, or set channel = \"auto\"",
+            "load vhost_vsock, or set channel = \"virtio-serial\"",
         ),
-        (Channel::Auto, true) => Check::ok("channel", "vsock"),
-        (Channel::Auto, false) => Check::ok("channel", "virtio-serial"),
+        (Channel::Auto, _) => Check::ok("channel", "virtio-serial"),
     }
 }
 
@@ -250,7 +249,7 @@ mod tests {
     fn vsock_needs_its_device_where_it_is_demanded() {
         let (here, gone) = (Path::new("/"), Path::new("/nonexistent"));
         assert_eq!(channel(Channel::Auto, gone).found, "virtio-serial");
-        assert_eq!(channel(Channel::Auto, here).found, "vsock");
+        assert_eq!(channel(Channel::Auto, here).found, "virtio-serial");
         assert_eq!(channel(Channel::Vsock, gone).status, Status::Fail);
         assert_eq!(channel(Channel::Vsock, here).status, Status::Ok);
     }

@@ -145,6 +145,8 @@ impl DomainPlan {
     /// `cryptomgr.notests` saves a third of a second under TCG. Hot-plugged memory is
     /// movable where the kernel's own share allows, so that it can be given back. Memory that
     /// may come above 4 GiB would cost 64 MiB of bounce buffers, which virtio does not need.
+    /// The agent waits on its virtio-serial port unless the line says vsock; the last word
+    /// counts, so the channel comes after the configuration's addition.
     pub fn cmdline(&self) -> String {
         let mut line = format!(
             "console=ttyS0 quiet loglevel=1 cryptomgr.notests random.trust_cpu=on \
@@ -157,6 +159,9 @@ impl DomainPlan {
         if !extra.is_empty() {
             line.push(' ');
             line.push_str(extra);
+        }
+        if matches!(self.channel, AgentChannel::Vsock { .. }) {
+            line.push_str(" dyad.channel=vsock");
         }
         line
     }

@@ -97,7 +97,8 @@ pub(super) async fn inherit_disk(
     folder.kept.take(pod, &folder.dir)
 }
 
-/// vsock where it is asked for, or the host's kernel has it for guests.
+/// vsock where it is asked for. Not by itself: a vsock port of the guest is open to every
+/// process of the host, a virtio-serial port's socket only to us.
 pub(super) fn choose_channel(
     choice: Channel,
     folder: &Folder,
@@ -105,14 +106,13 @@ pub(super) fn choose_channel(
 ) -> Result<AgentChannel> {
     let vhost = std::path::Path::new("/dev/vhost-vsock");
     let vsock = match choice {
-        Channel::VirtioSerial => false,
+        Channel::Auto | Channel::VirtioSerial => false,
         Channel::Vsock if !vhost.exists() => {
             return Err(Error::FailedPrecondition(
-                "channel = \"vsock\", but this host has no /dev/vhost-vsock; load the module vhost_vsock, or set it to \"auto\"".into(),
+                "channel = \"vsock\", but this host has no /dev/vhost-vsock; load the module vhost_vsock, or set `channel` to \"virtio-serial\" in section [machine] of the configuration".into(),
             ));
         }
         Channel::Vsock => true,
-        Channel::Auto => vhost.exists(),
     };
     if !vsock {
         return Ok(AgentChannel::VirtioSerial {
@@ -124,4 +124,20 @@ pub(super) fn choose_channel(
     Ok(AgentChannel::Vsock {
         cid: 0x1000_0000 | (high as u32 & 0x3fff_ffff),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_has_vsock_only_where_it_is_asked_for() {
+        let dir = std::path::Path::new("/nonexistent");
+        let folder = Folder::new(dir, dir, Uuid::from_u128(1));
+        for choice in [Channel::Auto, Channel::VirtioSerial] {
+            let channel = choose_channel(choice, &folder, Uuid::from_u128(1)).expect("channel");
+            let socket = folder.agent_socket();
+            assert_eq!(channel, AgentChannel::VirtioSerial { socket });
+        }
+    }
 }
