@@ -75,6 +75,8 @@ pub fn stats(metrics: &[u8]) -> protobuf::Result<Stats> {
     Ok(Stats {
         hierarchy: Hierarchy::V2,
         cpu: CpuStats {
+            // The agent does not read it.
+            pressure: None,
             usage_ns: ns(cpu.usage_usec),
             user_ns: ns(cpu.user_usec),
             system_ns: ns(cpu.system_usec),
@@ -83,6 +85,7 @@ pub fn stats(metrics: &[u8]) -> protobuf::Result<Stats> {
             throttled_ns: ns(cpu.throttled_usec),
         },
         memory: MemoryStats {
+            pressure: None,
             usage: memory.usage,
             limit: memory.usage_limit,
             peak: memory.max_usage,
@@ -117,6 +120,7 @@ pub fn stats(metrics: &[u8]) -> protobuf::Result<Stats> {
                 write_ios: entry.wios,
             })
             .collect(),
+        io_pressure: None,
     })
 }
 
