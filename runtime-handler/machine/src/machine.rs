@@ -299,12 +299,15 @@ impl Machine {
         }
 
         let channel = choose_channel(config.channel, &folder, pod)?;
+        let partition = sandbox.cgroups_path.as_deref();
+        let partition = partition.and_then(|path| cgroup::partition(path, wanted.cpu_shares));
         let plan = DomainPlan {
             uuid,
             title: title(spec),
             sandbox_id: record.sandbox_id.clone(),
             containerd_namespace: record.containerd_namespace.clone(),
             accelerator,
+            partition,
             size: wanted.size,
             reached: Reached::at_boot(&wanted.size),
             kernel: config.kernel.clone(),
@@ -330,7 +333,9 @@ impl Machine {
         };
         libvirt.define(uuid, plan.to_xml()).await?;
         let changes = libvirt.watch(uuid).await?;
-        if let Some(path) = &sandbox.cgroups_path {
+        if let Some(path) = &sandbox.cgroups_path
+            && plan.partition.is_none()
+        {
             cgroup::create(path, wanted.cpu_shares).await?;
         }
         info!(
@@ -412,7 +417,7 @@ impl Machine {
         let path = self.record.cgroups_path.as_ref().ok_or_else(|| {
             Error::FailedPrecondition("the pod has no cgroup (linux.cgroupsPath)".into())
         })?;
-        Hierarchies::of_host()?.at(path)?.stats()
+        cgroup::stats(path, self.pid())
     }
 
     /// QEMU's pid while it is on.
@@ -563,6 +568,7 @@ pub async fn remove(libvirt: &Libvirt, folder: &Folder, record: &Record) -> Resu
         note(libvirt.destroy(uuid).await.map_err(Error::from));
         note(libvirt.undefine(uuid).await.map_err(Error::from));
     }
+    note(host::remove_profile(uuid));
     for (_, tap) in &record.taps {
         note(network::remove_tap(tap).await);
     }

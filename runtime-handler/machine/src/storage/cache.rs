@@ -12,8 +12,9 @@ use log::{info, warn};
 
 use super::apply::write_atomically;
 
-/// The file name extension of an image.
-pub const IMAGE: &str = "erofs";
+/// The file name extension of an image: virt-aa-helper, which looks into disks for a domain's AppArmor profile,
+/// may read those of a few names only.
+pub const IMAGE: &str = "img";
 const LAYERS: &str = "layers";
 
 /// Notes of what the image is made; before it is there.
@@ -81,7 +82,7 @@ mod tests {
         }
         std::fs::create_dir(&dir).unwrap();
         for (key, layers) in [("a", vec![layer(1), layer(2)]), ("b", vec![layer(3)])] {
-            let image = dir.join(format!("{key}.erofs"));
+            let image = dir.join(format!("{key}.img"));
             note(&image, &layers).unwrap();
             std::fs::write(image, "").unwrap();
         }
@@ -90,10 +91,7 @@ mod tests {
         assert_eq!(names(&dir), all);
         std::fs::remove_dir_all(snapshots.join("2")).unwrap();
         sweep(&dir);
-        assert_eq!(
-            names(&dir),
-            ["b.erofs", "b.layers"].map(String::from).into()
-        );
+        assert_eq!(names(&dir), ["b.img", "b.layers"].map(String::from).into());
     }
 
     #[test]
@@ -101,10 +99,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         for (name, text) in [
-            ("old.erofs", ""),
-            ("damaged.erofs", ""),
+            ("old.img", ""),
+            ("damaged.img", ""),
             ("damaged.layers", "[\"/no/such"),
-            ("odd.erofs", ""),
+            ("odd.img", ""),
             ("odd.layers", "{\"layers\": 1}"),
             ("coming.layers", "[\"/no/such/layer\"]"),
             ("coming.partial", ""),
