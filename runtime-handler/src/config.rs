@@ -97,7 +97,7 @@ pub struct ContainerConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Channel {
-    /// vsock where the host has it, else virtio-serial.
+    /// virtio-serial: every host has it, and nobody else on the host reaches it.
     #[default]
     Auto,
     /// A virtio-serial port on a unix socket.

@@ -24,11 +24,37 @@ pub struct Stats {
     pub pids: PidsStats,
     /// Block I/O, one entry per device.
     pub io: Vec<IoStats>,
+    /// `io.pressure`; `None` as for the CPU.
+    pub io_pressure: Option<Pressure>,
+}
+
+/// What waiting for a resource cost (`accounting/psi.rst`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pressure {
+    /// While at least one task waited.
+    pub some: Stall,
+    /// While all tasks waited at once.
+    pub full: Stall,
+}
+
+/// One line of a pressure file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stall {
+    /// Share of the last 10 s, in hundredths of a percent.
+    pub avg10: u32,
+    /// So for the last minute.
+    pub avg60: u32,
+    /// So for the last five minutes.
+    pub avg300: u32,
+    /// All time of it in microseconds.
+    pub total_us: u64,
 }
 
 /// CPU time and throttling.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CpuStats {
+    /// `cpu.pressure`; `None` on v1, and where the kernel does not tell.
+    pub pressure: Option<Pressure>,
     /// All time used.
     pub usage_ns: u64,
     /// Part of it in user mode.
@@ -46,6 +72,8 @@ pub struct CpuStats {
 /// Memory use. v2 names; the v1 files that mean the same fill them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MemoryStats {
+    /// `memory.pressure`; `None` as for the CPU.
+    pub pressure: Option<Pressure>,
     /// `memory.current` / `usage_in_bytes`.
     pub usage: u64,
     /// `memory.max` / `limit_in_bytes`.

@@ -291,7 +291,7 @@ mod tests {
         assert_eq!(pod.annotations.len(), 2);
         assert_eq!(pod.netns, Some("/n".into()));
         assert!(!pod.shares.network);
-        let size = pod.size.unwrap();
+        let size = pod.size;
         assert_eq!((size.memory_limit, size.cpu_period), (7, 100_000));
         let bare = config(&Spec::default(), Network::Host, HashMap::new());
         assert!(bare.shares.network && bare.netns.is_none());

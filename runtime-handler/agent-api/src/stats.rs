@@ -82,6 +82,8 @@ pub fn decode(metrics: &[u8]) -> protobuf::Result<Stats> {
     Ok(Stats {
         hierarchy: Hierarchy::V2,
         cpu: CpuStats {
+            // The agent does not read it.
+            pressure: None,
             usage_ns: ns(cpu.usage_usec),
             user_ns: ns(cpu.user_usec),
             system_ns: ns(cpu.system_usec),
@@ -90,6 +92,7 @@ pub fn decode(metrics: &[u8]) -> protobuf::Result<Stats> {
             throttled_ns: ns(cpu.throttled_usec),
         },
         memory: MemoryStats {
+            pressure: None,
             usage: memory.usage,
             limit: memory.usage_limit,
             peak: memory.max_usage,
@@ -124,6 +127,7 @@ pub fn decode(metrics: &[u8]) -> protobuf::Result<Stats> {
                 write_ios: entry.wios,
             })
             .collect(),
+        io_pressure: None,
     })
 }
 
@@ -137,6 +141,7 @@ mod tests {
         let stats = Stats {
             hierarchy: Hierarchy::V2,
             cpu: CpuStats {
+                pressure: None,
                 usage_ns: 1000,
                 user_ns: 2000,
                 system_ns: 3000,
@@ -145,6 +150,7 @@ mod tests {
                 throttled_ns: 6000,
             },
             memory: MemoryStats {
+                pressure: None,
                 usage: 7,
                 limit: u64::MAX,
                 peak: 9,
@@ -166,6 +172,7 @@ mod tests {
                 current: 23,
                 limit: 24,
             },
+            io_pressure: None,
             io: vec![IoStats {
                 major: 25,
                 minor: 26,

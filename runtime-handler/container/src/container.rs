@@ -30,6 +30,7 @@ use dyad_runtime_handler::spec::{
 };
 use dyad_runtime_handler::stats::Stats;
 use oci_spec::runtime::Process as OciProcess;
+use serde_json::Value;
 
 use crate::command::{Command, Criu};
 use crate::console::ConsoleSocket;
@@ -61,6 +62,9 @@ pub(crate) struct Container {
     /// It was incoming, and has ended while it was waiting.
     withdrawn: AtomicBool,
     execs: Mutex<HashMap<String, Exec>>,
+    /// All that updates changed since it was created, as OCI resources: the bundle has what it
+    /// was created with, and it is made again from that.
+    updates: Mutex<Value>,
 }
 
 /// What a migration wants to know of a container.
@@ -146,6 +150,7 @@ impl Container {
             config,
             withdrawn: AtomicBool::new(false),
             execs: Mutex::default(),
+            updates: Mutex::default(),
         };
         let target = bundle.join("rootfs");
         rootfs::mount_all(&mounts, &target)?;
@@ -565,6 +570,21 @@ impl Container {
     }
 
     /// Starts the created init; kills it where that fails.
+    async fn tell_update(&self, resources: &Value) -> Result<()> {
+        let text = resources.to_string().into_bytes();
+        self.run(Command::Update { id: &self.facts.id }, Input::Text(text))
+            .await
+    }
+
+    /// The limits that it had when it ended, for its next process.
+    async fn update_again(&self) -> Result<()> {
+        let updates = lock(&self.updates).clone();
+        if updates.is_null() {
+            return Ok(());
+        }
+        self.tell_update(&updates).await
+    }
+
     async fn start_init(&self, init: &Init) -> Result<()> {
         let process = &init.process;
         process.set_gate(Gate::Held);
@@ -618,6 +638,12 @@ impl Instance for Container {
             init.process.drain().await;
             self.delete_state().await?;
             init = self.make_init(stdio.unwrap_or_default()).await?;
+            if let Err(error) = self.update_again().await {
+                if let Err(error) = self.kill(&init).await {
+                    log::warn!("{}", error.chain());
+                }
+                return Err(error);
+            }
         } else if init.process.exit().is_some() {
             return Err(Error::FailedPrecondition(format!(
                 "container {} ended before it was started",
@@ -839,10 +865,11 @@ impl Instance for Container {
     }
 
     async fn update(&self, resources: &Resources) -> Result<()> {
-        let text =
-            serde_json::to_vec(&resources.linux).context(|| "write the OCI resources".into())?;
-        self.run(Command::Update { id: &self.facts.id }, Input::Text(text))
-            .await
+        let update =
+            serde_json::to_value(&resources.linux).context(|| "write the OCI resources".into())?;
+        self.tell_update(&update).await?;
+        merge(&mut lock(&self.updates), update);
+        Ok(())
     }
 
     async fn checkpoint(&self, to: &Checkpoint) -> Result<()> {
@@ -878,6 +905,41 @@ impl Instance for Container {
     }
 }
 
+/// Puts `new` over `old`, field by field; what is not in `new` stays.
+fn merge(old: &mut Value, new: Value) {
+    match (old, new) {
+        (Value::Object(old), Value::Object(new)) => {
+            for (name, value) in new {
+                merge(old.entry(name).or_insert(Value::Null), value);
+            }
+        }
+        (_, Value::Null) => {}
+        (old, new) => *old = new,
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn of_all_updates_the_last_word_on_each_limit_counts() {
+        let mut all = Value::default();
+        for update in [
+            json!({"memory": {"limit": 1, "swap": 2}, "cpu": {"shares": 3}}),
+            json!({"memory": {"limit": 4}, "cpu": null, "pids": {"limit": 5}}),
+        ] {
+            merge(&mut all, update);
+        }
+        assert_eq!(
+            all,
+            json!({"memory": {"limit": 4, "swap": 2}, "cpu": {"shares": 3}, "pids": {"limit": 5}})
+        );
+    }
 }

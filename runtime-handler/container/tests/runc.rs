@@ -290,6 +290,11 @@ fn stats_and_limits_are_the_cgroups() {
         };
         container.update(&resources).await.unwrap();
         assert_eq!(container.stats().await.unwrap().memory.limit, 80 << 20);
+        // Its next process has the limits that its last one had in the end.
+        container.stop(Duration::ZERO).await.unwrap();
+        pod.next_exit(None).await;
+        container.start(None).await.unwrap();
+        assert_eq!(container.stats().await.unwrap().memory.limit, 80 << 20);
         container.delete().await.unwrap();
         pod.next_exit(None).await;
         let gone = container.stats().await.unwrap_err();

@@ -378,6 +378,7 @@ impl Instance for FakeInstance {
             },
             pids: PidsStats::default(),
             io: Vec::new(),
+            io_pressure: None,
         })
     }
 

@@ -75,6 +75,15 @@ pub struct Nic {
     pub mtu: u32,
 }
 
+/// Where libvirt accounts the machine, other than in its own place.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Partition {
+    /// `/a/b` is systemd's slice `a-b.slice`.
+    pub path: String,
+    /// cgroup v2's `cpu.weight`, 1 to 10000.
+    pub cpu_weight: Option<u64>,
+}
+
 /// All that decides a machine's definition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DomainPlan {
@@ -88,6 +97,8 @@ pub struct DomainPlan {
     pub containerd_namespace: String,
     /// KVM or TCG.
     pub accelerator: Accelerator,
+    /// The pod's slice; `None`: QEMU is moved into the pod's cgroup.
+    pub partition: Option<Partition>,
     /// vCPUs and memory.
     pub size: Size,
     /// What of it is there at power-on.
@@ -135,6 +146,8 @@ impl DomainPlan {
     /// `cryptomgr.notests` saves a third of a second under TCG. Hot-plugged memory is
     /// movable where the kernel's own share allows, so that it can be given back. Memory that
     /// may come above 4 GiB would cost 64 MiB of bounce buffers, which virtio does not need.
+    /// The agent waits on its virtio-serial port unless the line says vsock; the last word
+    /// counts, so the channel comes after the configuration's addition.
     pub fn cmdline(&self) -> String {
         let mut line = format!(
             "console=ttyS0 quiet loglevel=1 cryptomgr.notests random.trust_cpu=on \
@@ -147,6 +160,9 @@ impl DomainPlan {
         if !extra.is_empty() {
             line.push(' ');
             line.push_str(extra);
+        }
+        if matches!(self.channel, AgentChannel::Vsock { .. }) {
+            line.push_str(" dyad.channel=vsock");
         }
         line
     }
@@ -174,6 +190,16 @@ impl DomainPlan {
                     text(w, "dyad:namespace", &[], &self.containerd_namespace)
                 })
             })?;
+            if let Some(partition) = &self.partition {
+                element(w, "resource", &[], |w| {
+                    text(w, "partition", &[], &partition.path)
+                })?;
+                if let Some(weight) = partition.cpu_weight {
+                    element(w, "cputune", &[], |w| {
+                        text(w, "shares", &[], &weight.to_string())
+                    })?;
+                }
+            }
             self.write_size(w)?;
             element(w, "os", &[], |w| {
                 let machine = [("arch", "x86_64"), ("machine", "q35")];
@@ -486,6 +512,7 @@ mod tests {
             sandbox_id: "abc123".into(),
             containerd_namespace: "k8s.io".into(),
             accelerator: Accelerator::Tcg,
+            partition: None,
             size: Size {
                 vcpus: 1,
                 max_vcpus: 4,
@@ -536,9 +563,13 @@ mod tests {
     }
 
     #[test]
-    fn a_kvm_machine_with_vsock_and_two_nics_is_as_in_its_golden_file() {
+    fn a_kvm_machine_in_a_slice_with_vsock_and_two_nics_is_as_in_its_golden_file() {
         let mut plan = plan();
         plan.accelerator = Accelerator::Kvm;
+        plan.partition = Some(Partition {
+            path: "/kubepods/besteffort/pod1_2".into(),
+            cpu_weight: Some(39),
+        });
         plan.channel = AgentChannel::Vsock { cid: 4711 };
         plan.size.max_vcpus = 1;
         plan.size.max_memory_mib = 256;

@@ -1,11 +1,12 @@
 //! What the host's libvirt says of itself: QEMU's user, its binary, its accelerators.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
 use quick_xml::events::Event;
 use quick_xml::reader::Reader;
+use uuid::Uuid;
 
 use crate::libvirt::Libvirt;
 use crate::storage::apply::QemuUser;
@@ -110,6 +111,31 @@ fn parse_dac(label: &str) -> Option<QemuUser> {
     })
 }
 
+/// Where libvirt keeps the AppArmor profile of each domain.
+const PROFILES: &str = "/etc/apparmor.d/libvirt";
+
+/// Removes the AppArmor profile of a domain that is gone: libvirt unloads it, and leaves its file
+/// for the domain's next life, which a pod's machine does not have.
+///
+/// # Errors
+/// It is there and cannot be removed.
+pub fn remove_profile(uuid: Uuid) -> Result<()> {
+    remove_profile_in(Path::new(PROFILES), uuid)
+}
+
+fn remove_profile_in(dir: &Path, uuid: Uuid) -> Result<()> {
+    for name in [format!("libvirt-{uuid}"), format!("libvirt-{uuid}.files")] {
+        let file = dir.join(name);
+        match std::fs::remove_file(&file) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).context(|| format!("remove {}", file.display()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,5 +175,20 @@ mod tests {
         let error = parse("<capabilities><host/></capabilities>").expect_err("refused");
         assert!(error.to_string().contains("qemu-system-x86"));
         assert!(parse("<capabilities><host></capabilities>").is_err());
+    }
+
+    #[test]
+    fn a_profile_goes_with_its_machine_and_no_other_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, others) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let file = |uuid: Uuid, end: &str| dir.path().join(format!("libvirt-{uuid}{end}"));
+        let kept = [dir.path().join("TEMPLATE.qemu"), file(others, "")];
+        for path in kept.iter().chain([&file(ours, ""), &file(ours, ".files")]) {
+            std::fs::write(path, "").unwrap();
+        }
+        remove_profile_in(dir.path(), ours).unwrap();
+        assert!(!file(ours, "").exists() && !file(ours, ".files").exists());
+        assert!(kept.iter().all(|path| path.exists()));
+        remove_profile_in(&dir.path().join("no-apparmor-here"), ours).unwrap();
     }
 }

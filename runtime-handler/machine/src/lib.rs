@@ -19,6 +19,7 @@ mod handler;
 pub mod host;
 mod kept;
 pub mod libvirt;
+mod locks;
 mod machine;
 pub mod migrate;
 pub mod network;

@@ -60,7 +60,7 @@ use crate::spec::SandboxSpec;
 use crate::storage::apply::QemuUser;
 use crate::storage::cache;
 use crate::volumes::plan::{Copy, volumes_on_disk};
-use crate::{Paths, cgroup};
+use crate::{Paths, cgroup, host};
 use images::connect;
 use lane::Lane;
 use prepare::{Prepared, Site, prepare};
@@ -187,7 +187,9 @@ impl Machine {
         let uuid = site.record.uuid;
         site.libvirt.define(uuid, prepared.plan.to_xml()).await?;
         let changes = site.libvirt.watch(uuid).await?;
-        if let Some(path) = &site.sandbox.cgroups_path {
+        if let Some(path) = &site.sandbox.cgroups_path
+            && prepared.plan.partition.is_none()
+        {
             cgroup::create(path, prepared.wanted.cpu_shares).await?;
         }
         info!(
@@ -280,7 +282,7 @@ impl Machine {
         let path = self.record.cgroups_path.as_ref().ok_or_else(|| {
             Error::FailedPrecondition("the pod has no cgroup (linux.cgroupsPath)".into())
         })?;
-        Hierarchies::of_host()?.at(path)?.stats()
+        cgroup::stats(path, self.pid())
     }
 
     /// QEMU's pid while it is on.
@@ -429,6 +431,7 @@ pub async fn remove(libvirt: &Libvirt, folder: &Folder, record: &Record) -> Resu
         note(libvirt.destroy(uuid).await.map_err(Error::from));
         note(libvirt.undefine(uuid).await.map_err(Error::from));
     }
+    note(host::remove_profile(uuid));
     for (_, tap) in &record.taps {
         note(network::remove_tap(tap).await);
     }

@@ -3,64 +3,33 @@
 //! Booting is CPU time: twenty at once on two CPUs each wait for all. A slot is a file
 //! lock, so that all shims of the host share the bound and a shim that dies lets go.
 
-use std::fs::OpenOptions;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::time::Duration;
 
-use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+
+use crate::locks::{self, Lock};
+
+/// Many pods of one node may start at once; kubelet gives up before this.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// The right to boot; let go when dropped.
 #[derive(Debug)]
 pub struct Slot {
-    _lock: Flock<std::fs::File>,
+    _lock: Lock,
 }
 
-/// Waits for one of `count` slots in `dir`.
+/// Waits for one of `count` slots in `dir`, ten minutes at most.
 ///
 /// # Errors
-/// The directory cannot be written.
+/// None got free in time, or the directory cannot be written.
 pub async fn take(dir: PathBuf, count: usize) -> Result<Slot> {
-    tokio::task::spawn_blocking(move || take_blocking(&dir, count))
-        .await
-        .map_err(|error| Error::Unavailable(format!("wait for a boot slot: {error}"), None))?
-}
-
-fn take_blocking(dir: &Path, count: usize) -> Result<Slot> {
-    std::fs::create_dir_all(dir).context(|| format!("create {}", dir.display()))?;
-    let count = count.max(1);
-    let first = std::process::id() as usize % count;
-    for offset in 0..count {
-        if let Some(slot) = try_lock(
-            dir,
-            (first + offset) % count,
-            FlockArg::LockExclusiveNonblock,
-        )? {
-            return Ok(slot);
-        }
-    }
-    // All taken: queue at one, spread by pid.
-    loop {
-        if let Some(slot) = try_lock(dir, first, FlockArg::LockExclusive)? {
-            return Ok(slot);
-        }
-    }
-}
-
-fn try_lock(dir: &Path, number: usize, how: FlockArg) -> Result<Option<Slot>> {
-    let path = dir.join(format!("{number}.lock"));
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .context(|| format!("open {}", path.display()))?;
-    match Flock::lock(file, how) {
-        Ok(lock) => Ok(Some(Slot { _lock: lock })),
-        Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) => Ok(None),
-        Err((_, errno)) => Err(Error::other(format!("lock {}", path.display()), errno)),
-    }
+    let names: Vec<String> = (0..count.max(1))
+        .map(|number| format!("{number}.lock"))
+        .collect();
+    let lock = locks::take(&dir, &names, PATIENCE).await;
+    let lock = lock.context(|| "wait until fewer machines of this host boot".into())?;
+    Ok(Slot { _lock: lock })
 }
 
 #[cfg(test)]
@@ -74,7 +43,7 @@ mod tests {
         let first = take(path.clone(), 2).await.expect("slot");
         let second = take(path.clone(), 2).await.expect("slot");
         let mut third = tokio::spawn(take(path, 2));
-        let early = tokio::time::timeout(std::time::Duration::from_millis(50), &mut third).await;
+        let early = tokio::time::timeout(Duration::from_millis(50), &mut third).await;
         assert!(early.is_err(), "taken while none was free");
         drop(first);
         drop(second);

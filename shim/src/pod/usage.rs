@@ -55,6 +55,7 @@ fn resting(last: Option<Stats>) -> Stats {
             limit: u64::MAX,
         },
         io: Vec::new(),
+        io_pressure: None,
     });
     let memory = last.memory;
     Stats {
@@ -174,6 +175,7 @@ mod tests {
                 limit: 10,
             },
             io: Vec::new(),
+            io_pressure: None,
         };
         let told = resting(Some(last.clone()));
         assert_eq!((told.hierarchy, told.cpu), (last.hierarchy, last.cpu));

@@ -12,7 +12,7 @@ use containerd_shim_protos::{cgroups, cgroups_v2};
 use dyad_runtime_handler::error::Context as _;
 use dyad_runtime_handler::handler::ProcessId;
 use dyad_runtime_handler::spec::{Checkpoint, Resources, RootMount};
-use dyad_runtime_handler::stats::{Hierarchy, IoStats, Stats};
+use dyad_runtime_handler::stats::{Hierarchy, IoStats, Pressure, Stall, Stats};
 use dyad_runtime_handler::{Error, Result};
 use oci_spec::runtime::Process;
 use protobuf::well_known_types::any::Any;
@@ -297,15 +297,18 @@ fn stats_v2(stats: &Stats) -> cgroups_v2::metrics::Metrics {
     use cgroups_v2::metrics::{
         CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
     };
+    let psi = |pressure: Option<Pressure>| pressure.map(psi_stats).into();
     let m = &stats.memory;
     Metrics {
         pids: Some(PidsStat {
             current: stats.pids.current,
-            limit: limit_or_zero(stats.pids.limit),
+            // None set is the largest number here, and 0 in v1's metrics.
+            limit: stats.pids.limit,
             ..Default::default()
         })
         .into(),
         cpu: Some(CPUStat {
+            psi: psi(stats.cpu.pressure),
             usage_usec: stats.cpu.usage_ns / 1000,
             user_usec: stats.cpu.user_ns / 1000,
             system_usec: stats.cpu.system_ns / 1000,
@@ -316,6 +319,7 @@ fn stats_v2(stats: &Stats) -> cgroups_v2::metrics::Metrics {
         })
         .into(),
         memory: Some(MemoryStat {
+            psi: psi(m.pressure),
             anon: m.anon,
             file: m.file,
             // The two are one figure here; kept apart nobody adds them up wrongly.
@@ -336,6 +340,7 @@ fn stats_v2(stats: &Stats) -> cgroups_v2::metrics::Metrics {
         })
         .into(),
         io: Some(IOStat {
+            psi: psi(stats.io_pressure),
             usage: stats
                 .io
                 .iter()
@@ -362,7 +367,24 @@ fn stats_v2(stats: &Stats) -> cgroups_v2::metrics::Metrics {
     }
 }
 
-/// containerd writes a pids limit that is not set as 0.
+fn psi_stats(pressure: Pressure) -> cgroups_v2::metrics::PSIStats {
+    use cgroups_v2::metrics::{PSIData, PSIStats};
+    let share = |hundredths: u32| f64::from(hundredths) / 100.0;
+    let data = |stall: Stall| PSIData {
+        avg10: share(stall.avg10),
+        avg60: share(stall.avg60),
+        avg300: share(stall.avg300),
+        total: stall.total_us,
+        ..Default::default()
+    };
+    PSIStats {
+        some: Some(data(pressure.some)).into(),
+        full: Some(data(pressure.full)).into(),
+        ..Default::default()
+    }
+}
+
+/// containerd writes a pids limit that is not set as 0 on v1.
 fn limit_or_zero(limit: u64) -> u64 {
     if limit == u64::MAX { 0 } else { limit }
 }
@@ -395,6 +417,14 @@ mod tests {
                 read_bytes: 7,
                 ..IoStats::default()
             }],
+            io_pressure: Some(Pressure {
+                some: Stall {
+                    avg10: 1234,
+                    total_us: 9,
+                    ..Stall::default()
+                },
+                full: Stall::default(),
+            }),
         }
     }
 
@@ -406,6 +436,7 @@ mod tests {
         assert_eq!(v1.cpu.usage.total, 5_000);
         assert_eq!(v1.memory.usage.usage, 100);
         assert_eq!(v1.memory.total_inactive_file, 40);
+        assert_eq!(v1.pids.limit, 0);
         assert_eq!(v1.blkio.io_service_bytes_recursive[0].value, 7);
 
         let any = stats(&example(Hierarchy::V2)).unwrap();
@@ -413,8 +444,10 @@ mod tests {
         let v2 = cgroups_v2::metrics::Metrics::parse_from_bytes(&any.value).unwrap();
         assert_eq!(
             (v2.cpu.usage_usec, v2.memory.usage, v2.pids.limit),
-            (5, 100, 0)
+            (5, 100, u64::MAX)
         );
+        assert_eq!((v2.io.psi.some.avg10, v2.io.psi.some.total), (12.34, 9));
+        assert!(v2.cpu.psi.is_none(), "the kernel does not tell");
     }
 
     #[test]

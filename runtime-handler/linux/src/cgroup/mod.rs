@@ -23,7 +23,7 @@ use crate::reaper::kill_raw;
 use dyad_runtime_handler::error::{Context, Error, Result};
 
 pub use oom::OomWatch;
-pub use paths::{Hierarchies, is_systemd};
+pub use paths::{Hierarchies, is_systemd, systemd_slice};
 
 /// How long the last processes of a cgroup may take to go, and the freezer to freeze.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -12,6 +12,9 @@ use dyad_runtime_handler::error::{Context, Error, Result};
 /// The usual place of the v2 hierarchy, or of the directory of the v1 ones.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
+/// Where units without a slice of their own are.
+const SYSTEM_SLICE: &str = "system.slice";
+
 /// Where this host's cgroup hierarchies are mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Hierarchies {
@@ -31,6 +34,10 @@ pub struct Mount {
 }
 
 impl Mount {
+    pub(super) fn point(&self) -> &Path {
+        &self.point
+    }
+
     /// The directory of the cgroup that `/proc/PID/cgroup` names `path`; `None`: root.
     fn dir(&self, path: &str) -> Option<PathBuf> {
         let path = Path::new(path);
@@ -210,6 +217,17 @@ pub fn is_systemd(cgroups_path: &str) -> bool {
     systemd_path(cgroups_path).is_some()
 }
 
+/// The slice that a spec's `cgroupsPath` for the systemd driver names (`a-b.slice`).
+pub fn systemd_slice(cgroups_path: &str) -> Option<&str> {
+    systemd_path(cgroups_path)?;
+    let (slice, _) = cgroups_path.split_once(':')?;
+    Some(if slice.is_empty() {
+        SYSTEM_SLICE
+    } else {
+        slice
+    })
+}
+
 fn systemd_path(cgroups_path: &str) -> Option<PathBuf> {
     let mut parts = cgroups_path.split(':');
     let (Some(slice), Some(prefix), Some(name), None) =
@@ -221,7 +239,7 @@ fn systemd_path(cgroups_path: &str) -> Option<PathBuf> {
         return None;
     }
     let slice = if slice.is_empty() {
-        "system.slice"
+        SYSTEM_SLICE
     } else {
         slice
     };

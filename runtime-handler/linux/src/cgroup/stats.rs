@@ -10,7 +10,9 @@ use std::str::FromStr;
 
 use super::{Cgroup, Dirs, is_gone};
 use dyad_runtime_handler::error::{Error, Result};
-use dyad_runtime_handler::stats::{CpuStats, Hierarchy, IoStats, MemoryStats, PidsStats, Stats};
+use dyad_runtime_handler::stats::{
+    CpuStats, Hierarchy, IoStats, MemoryStats, PidsStats, Pressure, Stall, Stats,
+};
 
 /// v1 tells user and system time in ticks of `USER_HZ`, which is 100 on every
 /// architecture that Linux gives to user space.
@@ -69,6 +71,7 @@ fn v2(dir: &Path) -> Result<Stats> {
     Ok(Stats {
         hierarchy: Hierarchy::V2,
         cpu: CpuStats {
+            pressure: pressure(&dir.join("cpu.pressure"))?,
             usage_ns: us(cpu("usage_usec")),
             user_ns: us(cpu("user_usec")),
             system_ns: us(cpu("system_usec")),
@@ -77,6 +80,7 @@ fn v2(dir: &Path) -> Result<Stats> {
             throttled_ns: us(cpu("throttled_usec")),
         },
         memory: MemoryStats {
+            pressure: pressure(&dir.join("memory.pressure"))?,
             usage: number(&dir.join("memory.current"))?.unwrap_or(0),
             limit: number(&dir.join("memory.max"))?.unwrap_or(u64::MAX),
             peak: number(&dir.join("memory.peak"))?.unwrap_or(0),
@@ -96,6 +100,7 @@ fn v2(dir: &Path) -> Result<Stats> {
         },
         pids: pids(dir)?,
         io: v2_io(&dir.join("io.stat"))?,
+        io_pressure: pressure(&dir.join("io.pressure"))?,
     })
 }
 
@@ -123,6 +128,7 @@ fn v1<'a>(dir: impl Fn(&str) -> &'a Path) -> Result<Stats> {
     Ok(Stats {
         hierarchy: Hierarchy::V1,
         cpu: CpuStats {
+            pressure: None,
             usage_ns: number(&dir("cpuacct").join("cpuacct.usage"))?.unwrap_or(0),
             user_ns: time("user"),
             system_ns: time("system"),
@@ -131,6 +137,7 @@ fn v1<'a>(dir: impl Fn(&str) -> &'a Path) -> Result<Stats> {
             throttled_ns: cpu("throttled_time"),
         },
         memory: MemoryStats {
+            pressure: None,
             usage,
             limit: limit("memory.limit_in_bytes")?,
             peak: bytes("memory.max_usage_in_bytes")?.unwrap_or(0),
@@ -150,7 +157,48 @@ fn v1<'a>(dir: impl Fn(&str) -> &'a Path) -> Result<Stats> {
         },
         pids: pids(dir("pids"))?,
         io: v1_io(dir("blkio"))?,
+        io_pressure: None,
     })
+}
+
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and so `full` (not for the CPU of older
+/// kernels).
+fn pressure(file: &Path) -> Result<Option<Pressure>> {
+    let Some(text) = text(file)? else {
+        return Ok(None);
+    };
+    let mut pressure = Pressure::default();
+    for line in text.lines() {
+        let garbage = || garbage(file, line);
+        let mut words = line.split_ascii_whitespace();
+        let stall = match words.next() {
+            Some("some") => &mut pressure.some,
+            Some("full") => &mut pressure.full,
+            // What a later kernel adds.
+            _ => continue,
+        };
+        *stall = Stall::default();
+        for word in words {
+            let (key, value) = word.split_once('=').ok_or_else(garbage)?;
+            let share = || hundredths(value).ok_or_else(garbage);
+            match key {
+                "avg10" => stall.avg10 = share()?,
+                "avg60" => stall.avg60 = share()?,
+                "avg300" => stall.avg300 = share()?,
+                "total" => stall.total_us = value.parse().map_err(|_| garbage())?,
+                _ => {}
+            }
+        }
+    }
+    Ok(Some(pressure))
+}
+
+/// `12.34`, as the kernel writes it: always with two digits.
+fn hundredths(text: &str) -> Option<u32> {
+    let (whole, part) = text.split_once('.')?;
+    let whole: u32 = whole.parse().ok()?;
+    let part = (part.len() == 2).then(|| part.parse::<u32>().ok())??;
+    whole.checked_mul(100)?.checked_add(part)
 }
 
 fn pids(dir: &Path) -> Result<PidsStats> {
@@ -324,6 +372,14 @@ mod tests {
         ("pids.current", "3\n"),
         ("pids.max", "100\n"),
         (
+            "cpu.pressure",
+            "some avg10=12.34 avg60=0.05 avg300=100.00 total=42\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=7\n",
+        ),
+        (
+            "memory.pressure",
+            "some avg10=0.00 avg60=0.00 avg300=0.00 total=9\n",
+        ),
+        (
             "io.stat",
             "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n7:0 \n",
         ),
@@ -338,6 +394,18 @@ mod tests {
             Stats {
                 hierarchy: Hierarchy::V2,
                 cpu: CpuStats {
+                    pressure: Some(Pressure {
+                        some: Stall {
+                            avg10: 1234,
+                            avg60: 5,
+                            avg300: 10_000,
+                            total_us: 42,
+                        },
+                        full: Stall {
+                            total_us: 7,
+                            ..Stall::default()
+                        },
+                    }),
                     usage_ns: 1_500_000,
                     user_ns: 1_000_000,
                     system_ns: 500_000,
@@ -346,6 +414,13 @@ mod tests {
                     throttled_ns: 30_000,
                 },
                 memory: MemoryStats {
+                    pressure: Some(Pressure {
+                        some: Stall {
+                            total_us: 9,
+                            ..Stall::default()
+                        },
+                        full: Stall::default(),
+                    }),
                     usage: 1_048_576,
                     limit: u64::MAX,
                     peak: 2_097_152,
@@ -381,6 +456,7 @@ mod tests {
                         ..IoStats::default()
                     },
                 ],
+                io_pressure: None,
             }
         );
     }
@@ -440,6 +516,7 @@ mod tests {
         assert_eq!(
             stats.cpu,
             CpuStats {
+                pressure: None,
                 usage_ns: 71_000_000,
                 user_ns: 30_000_000,
                 system_ns: 40_000_000,

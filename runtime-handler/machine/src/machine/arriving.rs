@@ -6,7 +6,6 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use dyad_linux::cgroup::Hierarchies;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
 use dyad_runtime_handler::handler::ProcessId;
@@ -75,6 +74,7 @@ impl Machine {
             sandbox_id: self.record.sandbox_id.clone(),
             containerd_namespace: self.record.containerd_namespace.clone(),
             accelerator: self.accelerator,
+            partition: lock(&self.plan).partition.clone(),
             vcpus: self.info().vcpus,
             memory_mib: self.info().memory_bytes >> 20,
             kernel,
@@ -338,8 +338,7 @@ impl Machine {
             }
         }
         if let Some(path) = &self.record.cgroups_path {
-            cgroup::create(path, self.cpu_shares).await?;
-            cgroup::place(&Hierarchies::of_host()?.at(path)?, pid)?;
+            cgroup::account(path, self.cpu_shares, pid).await?;
         }
         Ok(pid)
     }

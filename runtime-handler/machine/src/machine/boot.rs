@@ -5,7 +5,6 @@ use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime};
 
 use dyad_agent_api::proto::agent::{self as proto, SetupRequest};
-use dyad_linux::cgroup::Hierarchies;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
 use dyad_runtime_handler::handler::Event;
@@ -18,7 +17,7 @@ use crate::guest::GuestEvent;
 use crate::kept::Kept;
 use crate::network::apply as network;
 use crate::network::plan::GuestRoute;
-use crate::{cgroup, libvirt, slots};
+use crate::{cgroup, libvirt, locks, slots};
 
 /// As much fresh randomness as the kernel's generator takes in.
 const ENTROPY_BYTES: usize = 64;
@@ -37,7 +36,7 @@ impl Machine {
         if !self.is_off() {
             return Ok(());
         }
-        let slots_dir = self.paths.cache_dir.join("boot");
+        let slots_dir = self.paths.cache_dir.join(locks::DIR);
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let slot = slots::take(slots_dir, cpus).await?;
         *lock(&self.agent) = connect(&self.channel);
@@ -71,9 +70,7 @@ impl Machine {
         let pid = libvirt::find_qemu(uuid, &self.folder.disk())
             .context(|| format!("find QEMU of domain {uuid}"))?;
         if let Some(path) = &self.record.cgroups_path {
-            // A machine that was off left it empty, and who tidies up may remove such.
-            cgroup::create(path, self.cpu_shares).await?;
-            cgroup::place(&Hierarchies::of_host()?.at(path)?, pid)?;
+            cgroup::account(path, self.cpu_shares, pid).await?;
         }
         if let Some(netns) = &self.record.netns {
             let plan = lock(&self.network).clone();

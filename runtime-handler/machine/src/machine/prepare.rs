@@ -23,7 +23,7 @@ use crate::size::{self, Reached};
 use crate::spec::SandboxSpec;
 use crate::storage::apply::{self as storage, QemuUser};
 use crate::storage::cache;
-use crate::{Paths, accelerator, host};
+use crate::{Paths, accelerator, cgroup, host};
 
 /// A unix socket's address holds no more.
 const SOCKET_PATH_MAX: usize = 107;
@@ -125,12 +125,15 @@ pub(super) async fn prepare(site: &Site, spec: &ContainerSpec) -> Result<Prepare
     }
 
     let channel = choose_channel(config.channel, folder, pod)?;
+    let partition = sandbox.cgroups_path.as_deref();
+    let partition = partition.and_then(|path| cgroup::partition(path, wanted.cpu_shares));
     let plan = DomainPlan {
         uuid,
         title: title(spec),
         sandbox_id: record.sandbox_id.clone(),
         containerd_namespace: record.containerd_namespace.clone(),
         accelerator,
+        partition,
         size: wanted.size,
         reached: Reached::at_boot(&wanted.size),
         kernel: config.kernel.clone(),
@@ -246,7 +249,8 @@ pub(super) async fn inherit_disk(
     folder.kept.take(pod, &folder.dir)
 }
 
-/// vsock where it is asked for, or the host's kernel has it for guests.
+/// vsock where it is asked for. Not by itself: a vsock port of the guest is open to every
+/// process of the host, a virtio-serial port's socket only to us.
 pub(super) fn choose_channel(
     choice: Channel,
     folder: &Folder,
@@ -254,14 +258,13 @@ pub(super) fn choose_channel(
 ) -> Result<AgentChannel> {
     let vhost = std::path::Path::new("/dev/vhost-vsock");
     let vsock = match choice {
-        Channel::VirtioSerial => false,
+        Channel::Auto | Channel::VirtioSerial => false,
         Channel::Vsock if !vhost.exists() => {
             return Err(Error::FailedPrecondition(
-                "channel = \"vsock\", but this host has no /dev/vhost-vsock; load the module vhost_vsock, or set it to \"auto\"".into(),
+                "channel = \"vsock\", but this host has no /dev/vhost-vsock; load the module vhost_vsock, or set `channel` to \"virtio-serial\" in section [machine] of the configuration".into(),
             ));
         }
         Channel::Vsock => true,
-        Channel::Auto => vhost.exists(),
     };
     if !vsock {
         return Ok(AgentChannel::VirtioSerial {
@@ -273,4 +276,20 @@ pub(super) fn choose_channel(
     Ok(AgentChannel::Vsock {
         cid: 0x1000_0000 | (high as u32 & 0x3fff_ffff),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_has_vsock_only_where_it_is_asked_for() {
+        let dir = std::path::Path::new("/nonexistent");
+        let folder = Folder::new(dir, dir, Uuid::from_u128(1));
+        for choice in [Channel::Auto, Channel::VirtioSerial] {
+            let channel = choose_channel(choice, &folder, Uuid::from_u128(1)).expect("channel");
+            let socket = folder.agent_socket();
+            assert_eq!(channel, AgentChannel::VirtioSerial { socket });
+        }
+    }
 }

@@ -10,7 +10,7 @@ use quick_xml::events::Event;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::domain::Accelerator;
+use crate::domain::{Accelerator, Partition};
 use crate::network::plan::Held;
 use crate::size::{Ledger, Reached, Size};
 
@@ -41,6 +41,9 @@ pub struct Offer {
     pub containerd_namespace: String,
     /// What runs guests there.
     pub accelerator: Accelerator,
+    /// The target pod's slice.
+    #[serde(default)]
+    pub partition: Option<Partition>,
     /// What the target pod was given.
     pub vcpus: u32,
     /// What the target pod was given.
@@ -328,6 +331,10 @@ pub(super) fn tests_offer() -> Offer {
         sandbox_id: "t1".into(),
         containerd_namespace: "k8s.io".into(),
         accelerator: Accelerator::Tcg,
+        partition: Some(Partition {
+            path: "/kubepods/pod2".into(),
+            cpu_weight: Some(39),
+        }),
         vcpus: 1,
         memory_mib: 256,
         kernel: "/k".into(),

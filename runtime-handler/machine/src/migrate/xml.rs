@@ -130,6 +130,14 @@ pub fn rewrite(xml: &str, places: Places<'_>) -> Result<String> {
                     write(&mut writer, Event::End(end))?;
                     continue;
                 }
+                if is(&path, &["domain", "resource"]) {
+                    // The source pod's slice; the target's comes with the metadata.
+                    reader
+                        .read_to_end(end.name())
+                        .map_err(|error| bad(&error))?;
+                    path.pop();
+                    continue;
+                }
                 if is(&path, &["domain", "metadata"]) {
                     reader
                         .read_to_end(end.name())
@@ -166,6 +174,9 @@ fn text_for(path: &[String], offer: &Offer) -> Option<String> {
     let text = |path: &PathBuf| path.to_string_lossy().into_owned();
     if is(path, &["domain", "title"]) {
         Some(offer.title.clone())
+    } else if is(path, &["domain", "cputune", "shares"]) {
+        let weight = offer.partition.as_ref()?.cpu_weight?;
+        Some(weight.to_string())
     } else if is(path, &["domain", "os", "kernel"]) {
         Some(text(&offer.kernel))
     } else if is(path, &["domain", "os", "initrd"]) {
@@ -236,7 +247,18 @@ fn write_metadata(writer: &mut Writer<Vec<u8>>, places: Places<'_>) -> Result<()
     write(writer, Event::End(BytesEnd::new("dyad:machine")))?;
     // Made by us, escaped already.
     write(writer, Event::Text(BytesText::from_escaped(places.record)))?;
-    write(writer, Event::End(BytesEnd::new("metadata")))
+    write(writer, Event::End(BytesEnd::new("metadata")))?;
+    let Some(partition) = &offer.partition else {
+        return Ok(());
+    };
+    for name in ["resource", "partition"] {
+        write(writer, Event::Start(BytesStart::new(name)))?;
+    }
+    write(writer, Event::Text(BytesText::new(&partition.path)))?;
+    for name in ["partition", "resource"] {
+        write(writer, Event::End(BytesEnd::new(name)))?;
+    }
+    Ok(())
 }
 
 /// The element with one attribute replaced, or added.
@@ -291,6 +313,10 @@ mod tests {
   <name>dyad-1</name>
   <title>default/web-1</title>
   <metadata><dyad:machine xmlns:dyad="https://dyad.dev/machine/1"><dyad:sandbox>s1</dyad:sandbox></dyad:machine></metadata>
+  <resource>
+    <partition>/kubepods/podOLD</partition>
+  </resource>
+  <cputune><shares>7</shares></cputune>
   <os><kernel>/n1/vmlinux</kernel><initrd>/n1/initramfs</initrd><cmdline>a &lt; b</cmdline></os>
   <devices>
     <disk type="file" device="disk">
@@ -331,6 +357,7 @@ mod tests {
         let xml = rewritten(&images).expect("rewritten");
         assert!(!xml.contains("/n1/"), "{xml}");
         assert!(!xml.contains("dyOLD"), "{xml}");
+        assert!(!xml.contains("podOLD"), "{xml}");
         for part in [
             "<title>default/web</title>",
             "<kernel>/k</kernel>",
@@ -345,6 +372,8 @@ mod tests {
             r#"<log file="/l" append="on"/>"#,
             r#"path="/a""#,
             "<dyad:sandbox>t1</dyad:sandbox>",
+            "<resource><partition>/kubepods/pod2</partition></resource>",
+            "<shares>39</shares>",
             "<r xmlns=\"u\">{&quot;}</r>",
         ] {
             assert!(xml.contains(part), "{part} is missing in\n{xml}");

@@ -13,8 +13,9 @@ use dyad_runtime_handler::error::{Context, Result};
 use dyad_runtime_handler::sweep::Swept;
 use log::{info, warn};
 
-/// The file name extension of an image.
-pub const IMAGE: &str = "erofs";
+/// The file name extension of an image: virt-aa-helper, which looks into disks for a domain's AppArmor
+/// profile, may read those of a few names only.
+pub const IMAGE: &str = "img";
 /// Of one that is being converted.
 pub const PARTIAL: &str = "partial";
 /// Of the lock that its process holds.
@@ -110,7 +111,7 @@ mod tests {
         }
         std::fs::create_dir(&dir).unwrap();
         for (key, layers) in [("a", vec![layer(1), layer(2)]), ("b", vec![layer(3)])] {
-            let image = dir.join(format!("{key}.erofs"));
+            let image = dir.join(format!("{key}.img"));
             note(&image, &layers).unwrap();
             std::fs::write(image, "").unwrap();
         }
@@ -119,10 +120,7 @@ mod tests {
         assert_eq!(names(&dir), all);
         std::fs::remove_dir_all(snapshots.join("2")).unwrap();
         sweep(&dir);
-        assert_eq!(
-            names(&dir),
-            ["b.erofs", "b.layers"].map(String::from).into()
-        );
+        assert_eq!(names(&dir), ["b.img", "b.layers"].map(String::from).into());
     }
 
     #[test]
@@ -146,10 +144,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         for (name, text) in [
-            ("old.erofs", ""),
-            ("damaged.erofs", ""),
+            ("old.img", ""),
+            ("damaged.img", ""),
             ("damaged.layers", "[\"/no/such"),
-            ("odd.erofs", ""),
+            ("odd.img", ""),
             ("odd.layers", "{\"layers\": 1}"),
             ("coming.layers", "[\"/no/such/layer\"]"),
             ("coming.partial", ""),
