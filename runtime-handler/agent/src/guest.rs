@@ -20,6 +20,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::cmdline::{Channel, Cmdline};
 use crate::oom::Events;
+use crate::pause::PodPids;
 use crate::rootfs::Images;
 use crate::sandbox::SandboxService;
 use crate::task::{Containers, TaskService};
@@ -38,6 +39,8 @@ pub struct Agent {
     pub reaper: Arc<Reaper>,
     /// Every container.
     pub containers: Containers,
+    /// The PID namespace of a pod that shares one.
+    pub pod_pids: PodPids,
     /// Mounted images.
     pub images: Images,
     /// What happened, for `WaitEvents`.
@@ -119,6 +122,7 @@ async fn serve(cmdline: &Cmdline) -> Result<()> {
         link: OnceLock::new(),
         reaper,
         containers: Containers::default(),
+        pod_pids: PodPids::default(),
         images: Images::default(),
         events,
         modules,

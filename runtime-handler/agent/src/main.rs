@@ -25,6 +25,7 @@ mod modules;
 mod net;
 mod notify;
 mod oom;
+mod pause;
 mod power;
 mod pump;
 mod rootfs;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
     match arguments.next() {
         Some(verb) if verb == helper::ARGUMENT => helper::main(arguments),
+        Some(verb) if verb == pause::ARGUMENT => pause::main(),
         _ => guest::main(),
     }
 }

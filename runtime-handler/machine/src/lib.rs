@@ -29,6 +29,7 @@ pub mod seccomp;
 pub mod size;
 pub mod slots;
 pub mod spec;
+mod stand_in;
 pub mod storage;
 pub mod volumes;
 

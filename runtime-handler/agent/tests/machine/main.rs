@@ -10,6 +10,7 @@
 //! those about the machine's end share one machine.
 
 mod guest;
+mod processes;
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

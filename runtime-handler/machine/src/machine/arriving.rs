@@ -168,6 +168,22 @@ impl Machine {
         lock(&self.containers).insert(name.to_owned(), Arc::downgrade(container));
     }
 
+    /// The container that containerd knows by this process id.
+    pub fn container_told_as(&self, pid: u32) -> Option<String> {
+        self.named_containers()
+            .into_iter()
+            .find(|(_, container)| container.told_pid() == pid)
+            .map(|(_, container)| container.id().to_owned())
+    }
+
+    /// The guest's id for one of the pod's containers.
+    pub fn guest_id_of(&self, id: &str) -> Option<String> {
+        self.named_containers()
+            .into_iter()
+            .find(|(_, container)| container.id() == id)
+            .map(|(_, container)| container.guest_id())
+    }
+
     /// The pod's containers that are there and have not ended.
     pub(super) fn living_containers(&self) -> Vec<(String, Arc<Container>)> {
         lock(&self.containers)
