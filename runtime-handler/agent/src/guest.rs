@@ -24,7 +24,7 @@ use crate::pause::PodPids;
 use crate::rootfs::Images;
 use crate::sandbox::SandboxService;
 use crate::task::{Containers, TaskService};
-use crate::{boot, button, disk, logger, modules, power, uevent};
+use crate::{boot, button, disk, logger, modprobe, modules, power, uevent};
 
 /// How long the host's channel may take to appear.
 const CHANNEL_WITHIN: Duration = Duration::from_secs(30);
@@ -57,6 +57,8 @@ enum Modules {
     Pod,
     /// None is left to load, and the power button is heard.
     All,
+    /// What else the kernel asks for is found.
+    OnDemand,
 }
 
 impl Agent {
@@ -73,6 +75,11 @@ impl Agent {
     /// Waits until disks, file systems and network cards work.
     pub async fn drivers_loaded(&self) {
         self.loaded(Modules::Pod).await;
+    }
+
+    /// Waits until the kernel finds what it asks for.
+    pub async fn modules_on_demand(&self) {
+        self.loaded(Modules::OnDemand).await;
     }
 
     /// Waits until every kernel module is in, and the power button is heard.
@@ -227,6 +234,10 @@ fn load_modules(button: mpsc::Sender<()>) -> watch::Receiver<Modules> {
         }
         log::debug!("modules are loaded");
         reached.send_replace(Modules::All);
+        if let Err(error) = modprobe::serve() {
+            log::warn!("{}", error.chain());
+        }
+        reached.send_replace(Modules::OnDemand);
     };
     let started = std::thread::Builder::new()
         .name("modules".into())

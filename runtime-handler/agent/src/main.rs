@@ -21,6 +21,7 @@ mod files;
 mod guest;
 mod helper;
 mod logger;
+mod modprobe;
 mod modules;
 mod net;
 mod notify;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
     match arguments.next() {
         Some(verb) if verb == helper::ARGUMENT => helper::main(arguments),
         Some(verb) if verb == pause::ARGUMENT => pause::main(),
+        Some(verb) if verb == modprobe::ARGUMENT => modprobe::main(arguments),
         _ => guest::main(),
     }
 }

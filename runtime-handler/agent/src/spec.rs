@@ -17,12 +17,15 @@ use std::path::{Path, PathBuf};
 
 use dyad_runtime_handler::{Error, Result};
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxCapabilities, LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType,
-    LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+    Capability, Hooks, Linux, LinuxCapabilities, LinuxDeviceBuilder, LinuxDeviceCgroupBuilder,
+    LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
 };
 
 /// What an image without PATH gets, as Docker and runc give it.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Documentation/admin-guide/devices.txt: non-serial mice, misc features.
+const MISC_MAJOR: i64 = 10;
 
 const HOME: &str = "HOME=";
 /// The HOME of a user who is in no `/etc/passwd`, as Docker and runc give it.
@@ -220,6 +223,38 @@ pub fn console_size(process: &Process) -> Option<(u16, u16)> {
     let size = process.console_size()?;
     let side = |length: u64| u16::try_from(length).ok().filter(|length| *length > 0);
     Some((side(size.width())?, side(size.height())?))
+}
+
+/// The devices of a spec that a driver of the guest must be there for: path and minor number
+/// of each miscellaneous one (major 10). A privileged container is given all of the host's,
+/// whether it wants them or not.
+pub fn driven_devices(spec: &Spec) -> Vec<(PathBuf, i64)> {
+    let linux = spec.linux().as_ref();
+    let rules = linux.and_then(|linux| linux.resources().as_ref()?.devices().as_ref());
+    let is_privileged = rules.into_iter().flatten().any(|rule| {
+        rule.allow()
+            && rule.major().is_none()
+            && rule.minor().is_none()
+            && rule.typ().is_none_or(|typ| typ == LinuxDeviceType::A)
+    });
+    if is_privileged {
+        return Vec::new();
+    }
+    linux
+        .and_then(|linux| linux.devices().as_ref())
+        .into_iter()
+        .flatten()
+        .filter(|device| device.typ() == LinuxDeviceType::C && device.major() == MISC_MAJOR)
+        .map(|device| (device.path().clone(), device.minor()))
+        .collect()
+}
+
+/// Whether a process may become the administrator of the pod's network.
+pub fn may_administer_network(spec: &Spec) -> bool {
+    spec.process()
+        .as_ref()
+        .and_then(|process| process.capabilities().as_ref()?.bounding().as_ref())
+        .is_some_and(|set| set.contains(&Capability::NetAdmin))
 }
 
 /// Checks a filter that the host compiled.
@@ -489,6 +524,23 @@ mod tests {
         let found = [0, 1000, 7, 4242].map(|uid| home(passwd, uid));
         assert_eq!(found, ["/root", "/home/user", "/", "/"]);
         assert_eq!(home(b"", 0), "/");
+    }
+
+    #[test]
+    fn a_device_wants_its_driver_unless_all_are_given() {
+        let with = |rule: &str| {
+            let devices = format!(
+                r#""cgroupsPath": "/x", "devices": [
+                    {{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}},
+                    {{"path": "/dev/vpn", "type": "c", "major": 10, "minor": 200}}],
+                   "resources": {{"devices": [{rule}]}},"#
+            );
+            let json = SPEC.replace(r#""cgroupsPath": "/kubepods/x","#, &devices);
+            driven_devices(&parse(json.as_bytes()).unwrap())
+        };
+        let tun = vec![(PathBuf::from("/dev/vpn"), 200)];
+        assert_eq!(with(r#"{"allow": false, "access": "rwm"}"#), tun);
+        assert!(with(r#"{"allow": true, "access": "rwm"}"#).is_empty());
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod kept;
 pub mod libvirt;
 mod machine;
 pub mod migrate;
+mod modules;
 pub mod network;
 pub mod record;
 pub mod resize;

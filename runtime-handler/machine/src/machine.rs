@@ -58,7 +58,7 @@ use crate::spec::SandboxSpec;
 use crate::storage::apply::{self as storage, QemuUser};
 use crate::storage::cache;
 use crate::volumes::plan::{Copy, volumes_on_disk};
-use crate::{Paths, accelerator, cgroup, host, size};
+use crate::{Paths, accelerator, cgroup, host, modules, size};
 use arriving::Arriving;
 use images::connect;
 use prepare::{
@@ -247,6 +247,7 @@ impl Machine {
         )?;
         check_readable("kernel", &config.kernel)?;
         check_readable("initramfs", &config.initramfs)?;
+        let modules = modules::disk(&config)?;
         check_socket_path(&folder.console_socket())?;
 
         let capabilities = host::capabilities(&libvirt).await?;
@@ -327,6 +328,7 @@ impl Machine {
             console_socket: folder.console_socket(),
             console_log: folder.console(),
             images: Vec::new(),
+            modules,
         };
         libvirt.define(uuid, plan.to_xml()).await?;
         let changes = libvirt.watch(uuid).await?;
@@ -390,7 +392,7 @@ impl Machine {
         tokio::spawn(Self::bound_console(Arc::downgrade(&machine)));
         let begun = if waits {
             let plan = lock(&machine.plan).clone();
-            let offer = machine.first_offer(plan.kernel, plan.initramfs, plan.title);
+            let offer = machine.first_offer(plan);
             let published = machine.publish(&offer).await;
             *machine.offer.lock().await = Some(offer);
             published

@@ -5,7 +5,7 @@
 //! refused by name. What differs inside the guest is the agent's to adapt.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::Result;
@@ -293,6 +293,8 @@ fn has_hooks(hooks: &Hooks) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn spec(json: &str) -> Spec {

@@ -34,7 +34,7 @@ use crate::helper::{self, Filter, Job};
 use crate::rootfs::Rootfs;
 use crate::rpc::blocking;
 use crate::spec::{self, Device, Facts, Place};
-use crate::{disk, files, pause};
+use crate::{disk, files, modprobe, pause};
 
 /// Name of [`CreateOptions`] in an Any.
 const OPTIONS_TYPE: &str = "dyad.agent.v1.CreateOptions";
@@ -500,6 +500,19 @@ impl Draft {
         // Also what tells the host of a panic and hears the power button: what runs can be
         // shut down.
         agent.modules_loaded().await;
+        let driven = spec::driven_devices(&spec);
+        let administers = spec::may_administer_network(&spec);
+        if administers || !driven.is_empty() {
+            agent.modules_on_demand().await;
+            blocking(move || {
+                if administers {
+                    modprobe::serve_iptables();
+                }
+                let mut driven = driven.into_iter();
+                driven.try_for_each(|(device, minor)| modprobe::drive(&device, minor))
+            })
+            .await?;
+        }
         let devices = find_devices(&options.devices).await?;
         let pids = find_pids(agent, options.pids.as_ref()).await?;
         let place = Place {

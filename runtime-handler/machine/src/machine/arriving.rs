@@ -16,7 +16,7 @@ use log::{debug, info, warn};
 use super::images::connect;
 use super::{Boot, Machine, Power, lock};
 use crate::container::Container;
-use crate::domain::{AgentChannel, ImageDisk};
+use crate::domain::{AgentChannel, DomainPlan, ImageDisk};
 use crate::events::{Change, Ending, Observed};
 use crate::guest::Agent;
 use crate::libvirt::{self, Of};
@@ -84,7 +84,7 @@ impl Machine {
         true
     }
 
-    pub(super) fn first_offer(&self, kernel: PathBuf, initramfs: PathBuf, title: String) -> Offer {
+    pub(super) fn first_offer(&self, plan: DomainPlan) -> Offer {
         let (agent_socket, vsock_cid) = match &self.channel {
             AgentChannel::VirtioSerial { socket } => (socket.clone(), 0),
             AgentChannel::Vsock { cid } => (PathBuf::new(), *cid),
@@ -93,14 +93,15 @@ impl Machine {
         Offer {
             version: offer::VERSION,
             release: env!("CARGO_PKG_VERSION").into(),
-            title,
+            title: plan.title,
             sandbox_id: self.record.sandbox_id.clone(),
             containerd_namespace: self.record.containerd_namespace.clone(),
             accelerator: self.accelerator,
             vcpus: self.info().vcpus,
             memory_mib: self.info().memory_bytes >> 20,
-            kernel,
-            initramfs,
+            kernel: plan.kernel,
+            initramfs: plan.initramfs,
+            modules: plan.modules.map(|disk| (disk.serial, disk.file)),
             disk_bytes: std::fs::metadata(&disk).map_or(0, |disk| disk.len()),
             free_bytes: nix::sys::statvfs::statvfs(&self.folder.dir)
                 .map_or(0, |fs| fs.blocks_available() * fs.fragment_size()),

@@ -13,6 +13,7 @@ mod dyadctl;
 mod events;
 mod exec;
 mod files;
+mod guest_processes;
 mod in_place;
 mod kinds;
 mod lifecycle;
@@ -105,6 +106,7 @@ pub fn all() -> Vec<Case> {
         exec::CASES,
         stdio::CASES,
         process::CASES,
+        guest_processes::CASES,
         files::CASES,
         network::CASES,
         resources::CASES,
