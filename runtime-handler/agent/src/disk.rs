@@ -28,22 +28,6 @@ pub async fn by_serial(serial: &str) -> Result<PathBuf> {
     .await
 }
 
-/// The device node of a disk that is there, by how its serial begins.
-///
-/// # Errors
-/// sysfs is not there.
-pub fn with_prefix(prefix: &str) -> Result<Option<PathBuf>> {
-    let blocks = Path::new("/sys/block");
-    for block in std::fs::read_dir(blocks).context(|| format!("list {}", blocks.display()))? {
-        let block = block.context(|| format!("list {}", blocks.display()))?;
-        let page = std::fs::read(block.path().join("device/vpd_pg80")).unwrap_or_default();
-        if scsi_serial(&page).is_some_and(|serial| serial.starts_with(prefix.as_bytes())) {
-            return Ok(Some(Path::new("/dev").join(block.file_name())));
-        }
-    }
-    Ok(None)
-}
-
 /// Ends the manual mode that SCSI's core was loaded in, and looks for the disks that were
 /// there before the driver of their controller. All of them are units of target 0, by the
 /// machine's definition.
@@ -67,15 +51,22 @@ pub fn scan_controllers() {
     }
 }
 
-/// Looks for the disk with the kernel's modules, the only unit of target 1.
-pub fn scan_for_modules() {
-    let Ok(hosts) = std::fs::read_dir("/sys/class/scsi_host") else {
-        return;
-    };
+/// Looks for the disk with the kernel's modules, the only unit of target 1, and gives its
+/// serial. Its node comes a moment later: see [`by_serial`].
+pub fn scan_for_modules() -> Option<String> {
+    let hosts = std::fs::read_dir("/sys/class/scsi_host").ok()?;
     for host in hosts.flatten() {
         // A controller without that target has no such disk.
         let _ = std::fs::write(host.path().join("scan"), "0 1 0");
     }
+    let devices = std::fs::read_dir("/sys/class/scsi_device").ok()?;
+    devices
+        .flatten()
+        .filter(|device| device.file_name().to_string_lossy().ends_with(":0:1:0"))
+        .find_map(|device| {
+            let page = std::fs::read(device.path().join("device/vpd_pg80")).ok()?;
+            Some(std::str::from_utf8(scsi_serial(&page)?).ok()?.to_owned())
+        })
 }
 
 /// Serials become file names below `/run/dyad/images`.

@@ -219,6 +219,7 @@ fn load_modules(button: mpsc::Sender<()>) -> watch::Receiver<Modules> {
         modules::load(&module);
     }
     let (reached, modules) = watch::channel(Modules::Channel);
+    let runtime = tokio::runtime::Handle::current();
     let load = move || {
         let present = virtio_devices(Path::new("/sys/bus/virtio/devices"));
         load_present(&pod, &present);
@@ -234,7 +235,7 @@ fn load_modules(button: mpsc::Sender<()>) -> watch::Receiver<Modules> {
         }
         log::debug!("modules are loaded");
         reached.send_replace(Modules::All);
-        if let Err(error) = modprobe::serve() {
+        if let Err(error) = modprobe::serve(&runtime) {
             log::warn!("{}", error.chain());
         }
         reached.send_replace(Modules::OnDemand);

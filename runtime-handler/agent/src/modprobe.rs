@@ -23,22 +23,21 @@ use crate::{disk, modules};
 /// The first argument that the kernel gives (`call_modprobe` of kernel/module/kmod.c).
 pub const ARGUMENT: &str = "-q";
 
-/// The serial of the disk begins so; the rest is made from its content.
-const SERIAL_PREFIX: &str = "modules-";
 const DISK: &str = "/run/dyad/modules";
 /// What the kernel runs, by its own configuration.
 const MODPROBE: &str = "/sbin/modprobe";
 const INIT: &str = "/init";
 
-/// Mounts the modules disk where there is one, and from then on answers the kernel.
+/// Mounts the modules disk where there is one, and from then on answers the kernel. Blocks, on
+/// a thread that does not run the event loop.
 ///
 /// # Errors
 /// The disk cannot be mounted.
-pub fn serve() -> Result<()> {
-    disk::scan_for_modules();
-    let Some(node) = disk::with_prefix(SERIAL_PREFIX)? else {
+pub fn serve(runtime: &tokio::runtime::Handle) -> Result<()> {
+    let Some(serial) = disk::scan_for_modules() else {
         return Ok(());
     };
+    let node = runtime.block_on(disk::by_serial(&serial))?;
     fs::create_dir_all(DISK).context(|| format!("create {DISK}"))?;
     let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some(&node), DISK, Some("erofs"), flags, None::<&str>)

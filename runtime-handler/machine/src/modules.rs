@@ -13,7 +13,7 @@ use crate::domain::ModulesDisk;
 
 /// What `hack/guest` writes beside the initramfs.
 const FILE: &str = "modules.erofs";
-/// The agent knows the disk by how its serial begins.
+/// For people who look at the guest's disks.
 const SERIAL_PREFIX: &str = "modules-";
 /// A SCSI serial has 36 characters.
 const SERIAL_UUID_BYTES: usize = 12;
