@@ -13,7 +13,6 @@ mod dyadctl;
 mod events;
 mod exec;
 mod files;
-mod guest_processes;
 mod in_place;
 mod kinds;
 mod lifecycle;
@@ -106,7 +105,6 @@ pub fn all() -> Vec<Case> {
         exec::CASES,
         stdio::CASES,
         process::CASES,
-        guest_processes::CASES,
         files::CASES,
         network::CASES,
         resources::CASES,
