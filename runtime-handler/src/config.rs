@@ -129,6 +129,9 @@ pub struct MachineConfig {
     pub kernel: PathBuf,
     /// Guest initramfs with the agent as `/init`.
     pub initramfs: PathBuf,
+    /// All modules of the guest's kernel, an EROFS image, as `hack/guest` builds it; unset:
+    /// `modules.erofs` beside the initramfs, if it is there.
+    pub modules: Option<PathBuf>,
     /// Appended to the guest kernel's command line.
     pub kernel_params: String,
     /// What executes guest code.
@@ -168,6 +171,7 @@ impl Default for MachineConfig {
             libvirt_uri: "qemu:///system".into(),
             kernel: "/var/lib/dyad/guest/vmlinux".into(),
             initramfs: "/var/lib/dyad/guest/initramfs.zst".into(),
+            modules: None,
             kernel_params: String::new(),
             accelerator: AcceleratorChoice::default(),
             channel: Channel::default(),

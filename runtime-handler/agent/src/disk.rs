@@ -51,6 +51,24 @@ pub fn scan_controllers() {
     }
 }
 
+/// Looks for the disk with the kernel's modules, the only unit of target 1, and gives its
+/// serial. Its node comes a moment later: see [`by_serial`].
+pub fn scan_for_modules() -> Option<String> {
+    let hosts = std::fs::read_dir("/sys/class/scsi_host").ok()?;
+    for host in hosts.flatten() {
+        // A controller without that target has no such disk.
+        let _ = std::fs::write(host.path().join("scan"), "0 1 0");
+    }
+    let devices = std::fs::read_dir("/sys/class/scsi_device").ok()?;
+    devices
+        .flatten()
+        .filter(|device| device.file_name().to_string_lossy().ends_with(":0:1:0"))
+        .find_map(|device| {
+            let page = std::fs::read(device.path().join("device/vpd_pg80")).ok()?;
+            Some(std::str::from_utf8(scsi_serial(&page)?).ok()?.to_owned())
+        })
+}
+
 /// Serials become file names below `/run/dyad/images`.
 ///
 /// # Errors

@@ -20,10 +20,11 @@ use tokio::sync::{mpsc, watch};
 
 use crate::cmdline::{Channel, Cmdline};
 use crate::oom::Events;
+use crate::pause::PodPids;
 use crate::rootfs::Images;
 use crate::sandbox::SandboxService;
 use crate::task::{Containers, TaskService};
-use crate::{boot, button, disk, logger, modules, power, uevent};
+use crate::{boot, button, disk, logger, modprobe, modules, power, uevent};
 
 /// How long the host's channel may take to appear.
 const CHANNEL_WITHIN: Duration = Duration::from_secs(30);
@@ -38,6 +39,8 @@ pub struct Agent {
     pub reaper: Arc<Reaper>,
     /// Every container.
     pub containers: Containers,
+    /// The PID namespace of a pod that shares one.
+    pub pod_pids: PodPids,
     /// Mounted images.
     pub images: Images,
     /// What happened, for `WaitEvents`.
@@ -54,6 +57,8 @@ enum Modules {
     Pod,
     /// None is left to load, and the power button is heard.
     All,
+    /// What else the kernel asks for is found.
+    OnDemand,
 }
 
 impl Agent {
@@ -70,6 +75,11 @@ impl Agent {
     /// Waits until disks, file systems and network cards work.
     pub async fn drivers_loaded(&self) {
         self.loaded(Modules::Pod).await;
+    }
+
+    /// Waits until the kernel finds what it asks for.
+    pub async fn modules_on_demand(&self) {
+        self.loaded(Modules::OnDemand).await;
     }
 
     /// Waits until every kernel module is in, and the power button is heard.
@@ -119,6 +129,7 @@ async fn serve(cmdline: &Cmdline) -> Result<()> {
         link: OnceLock::new(),
         reaper,
         containers: Containers::default(),
+        pod_pids: PodPids::default(),
         images: Images::default(),
         events,
         modules,
@@ -208,6 +219,7 @@ fn load_modules(button: mpsc::Sender<()>) -> watch::Receiver<Modules> {
         modules::load(&module);
     }
     let (reached, modules) = watch::channel(Modules::Channel);
+    let runtime = tokio::runtime::Handle::current();
     let load = move || {
         let present = virtio_devices(Path::new("/sys/bus/virtio/devices"));
         load_present(&pod, &present);
@@ -223,6 +235,10 @@ fn load_modules(button: mpsc::Sender<()>) -> watch::Receiver<Modules> {
         }
         log::debug!("modules are loaded");
         reached.send_replace(Modules::All);
+        if let Err(error) = modprobe::serve(&runtime) {
+            log::warn!("{}", error.chain());
+        }
+        reached.send_replace(Modules::OnDemand);
     };
     let started = std::thread::Builder::new()
         .name("modules".into())

@@ -5,6 +5,9 @@ use std::io::Write;
 use log::{LevelFilter, Log, Metadata, Record};
 use nix::time::{ClockId, clock_gettime};
 
+/// Stands before the text of an error.
+pub const ERROR_MARK: &str = ": error: ";
+
 /// Writes each record as one line.
 struct Lines<W> {
     prefix: &'static str,
@@ -25,13 +28,13 @@ where
             return;
         }
         let line = format!(
-            "[{}] {}: {}{}\n",
+            "[{}] {}{}{}\n",
             uptime(),
             self.prefix,
             match record.level() {
-                log::Level::Error => "error: ",
-                log::Level::Warn => "warning: ",
-                _ => "",
+                log::Level::Error => ERROR_MARK,
+                log::Level::Warn => ": warning: ",
+                _ => ": ",
             },
             record.args()
         );

@@ -21,9 +21,11 @@ mod files;
 mod guest;
 mod helper;
 mod logger;
+mod modprobe;
 mod modules;
 mod net;
 mod oom;
+mod pause;
 mod power;
 mod pump;
 mod rootfs;
@@ -39,6 +41,8 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
     match arguments.next() {
         Some(verb) if verb == helper::ARGUMENT => helper::main(arguments),
+        Some(verb) if verb == pause::ARGUMENT => pause::main(),
+        Some(verb) if verb == modprobe::ARGUMENT => modprobe::main(arguments),
         _ => guest::main(),
     }
 }

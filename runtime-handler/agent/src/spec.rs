@@ -8,19 +8,28 @@
 //! - a cgroup namespace where there is none: CRI asks for none on a host with cgroup
 //!   v1, where a container sees its own limits without one; in the guest's v2 it would
 //!   see the guest's.
+//! - the PID namespace that it joins (the pod's, another container's) by its path here.
 //! - a hostname needs a UTS namespace of the container's own.
 //! - no PATH: the usual one, as runc's callers rely on.
+//! - no HOME: the user's, to be looked up in the container's root.
 
 use std::path::{Path, PathBuf};
 
 use dyad_runtime_handler::{Error, Result};
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxCapabilities, LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType,
-    LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+    Capability, Hooks, Linux, LinuxCapabilities, LinuxDeviceBuilder, LinuxDeviceCgroupBuilder,
+    LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
 };
 
 /// What an image without PATH gets, as Docker and runc give it.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Documentation/admin-guide/devices.txt: non-serial mice, misc features.
+const MISC_MAJOR: i64 = 10;
+
+const HOME: &str = "HOME=";
+/// The HOME of a user who is in no `/etc/passwd`, as Docker and runc give it.
+const NO_HOME: &str = "HOME=/";
 
 /// One `struct sock_filter`.
 const INSTRUCTION_BYTES: usize = 8;
@@ -57,6 +66,8 @@ pub struct Place<'a> {
     pub terminal: bool,
     /// Block devices.
     pub devices: &'a [Device],
+    /// The PID namespace that it joins; none: as the spec says, one of its own.
+    pub pids: Option<&'a Path>,
 }
 
 /// What the rest of the agent wants to know of a spec.
@@ -66,6 +77,8 @@ pub struct Facts {
     pub own_pid_namespace: bool,
     /// The init process's user, who must be able to open its stdio.
     pub uid: u32,
+    /// Its HOME is to be looked up.
+    pub find_home: bool,
     /// Working directory.
     pub cwd: PathBuf,
     /// Bind mounts: source in the guest, destination in the container.
@@ -108,7 +121,7 @@ pub fn adapt(mut spec: Spec, place: &Place<'_>) -> Result<(Spec, Facts)> {
         .process()
         .clone()
         .ok_or_else(|| Error::InvalidArgument("process: must be set".into()))?;
-    adapt_process(&mut process, place.terminal)?;
+    let find_home = adapt_process(&mut process, place.terminal)?;
 
     let mut linux = spec
         .linux()
@@ -126,11 +139,10 @@ pub fn adapt(mut spec: Spec, place: &Place<'_>) -> Result<(Spec, Facts)> {
         ));
     }
     if namespace(&linux, LinuxNamespaceType::Cgroup).is_none() {
-        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-        let mut own = LinuxNamespace::default();
-        own.set_typ(LinuxNamespaceType::Cgroup).set_path(None);
-        namespaces.push(own);
-        linux.set_namespaces(Some(namespaces));
+        set_namespace(&mut linux, LinuxNamespaceType::Cgroup, None);
+    }
+    if place.pids.is_some() {
+        set_namespace(&mut linux, LinuxNamespaceType::Pid, place.pids);
     }
     add_devices(&mut linux, place.devices)?;
     if namespace(&linux, LinuxNamespaceType::Uts).is_none() {
@@ -140,6 +152,7 @@ pub fn adapt(mut spec: Spec, place: &Place<'_>) -> Result<(Spec, Facts)> {
         own_pid_namespace: namespace(&linux, LinuxNamespaceType::Pid)
             .is_some_and(|path| path.is_none()),
         uid: process.user().uid(),
+        find_home,
         cwd: process.cwd().clone(),
         binds: binds(spec.mounts().as_deref().unwrap_or_default())?,
     };
@@ -147,11 +160,11 @@ pub fn adapt(mut spec: Spec, place: &Place<'_>) -> Result<(Spec, Facts)> {
     Ok((spec, facts))
 }
 
-/// Adapts a process to the guest.
+/// Adapts a process to the guest. Says whether its HOME is to be looked up.
 ///
 /// # Errors
 /// `InvalidArgument` naming the field that the guest cannot honour.
-pub fn adapt_process(process: &mut Process, terminal: bool) -> Result<()> {
+pub fn adapt_process(process: &mut Process, terminal: bool) -> Result<bool> {
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(Error::InvalidArgument(
             "process.args: must not be empty".into(),
@@ -170,6 +183,13 @@ pub fn adapt_process(process: &mut Process, terminal: bool) -> Result<()> {
     if !env.iter().any(|entry| entry.starts_with("PATH=")) {
         env.push(DEFAULT_PATH.into());
     }
+    let find_home = !env.iter().any(|entry| is_home(entry) && entry != HOME);
+    if find_home {
+        // One that is not empty keeps libcontainer from asking the C library, which would load
+        // what the image's nsswitch.conf names into this static program.
+        env.retain(|entry| !is_home(entry));
+        env.push(NO_HOME.into());
+    }
     let capabilities = complete(process.capabilities().as_ref());
     process
         .set_env(Some(env))
@@ -177,7 +197,25 @@ pub fn adapt_process(process: &mut Process, terminal: bool) -> Result<()> {
         .set_apparmor_profile(None)
         .set_selinux_label(None)
         .set_capabilities(Some(capabilities));
-    Ok(())
+    Ok(find_home)
+}
+
+/// Whether an entry of the environment is HOME.
+pub fn is_home(entry: &str) -> bool {
+    entry.starts_with(HOME)
+}
+
+/// The home folder of a user in passwd(5) text: runc's rule, `/` for one who is not in it.
+pub fn home(passwd: &[u8], uid: u32) -> String {
+    let uid = uid.to_string();
+    passwd
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| std::str::from_utf8(line).ok())
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|fields| fields.get(2) == Some(&uid.as_str()))
+        .and_then(|fields| fields.get(5).map(|home| (*home).to_owned()))
+        .filter(|home| !home.is_empty())
+        .unwrap_or_else(|| "/".into())
 }
 
 /// Width and height of the process's terminal, where it names them.
@@ -185,6 +223,38 @@ pub fn console_size(process: &Process) -> Option<(u16, u16)> {
     let size = process.console_size()?;
     let side = |length: u64| u16::try_from(length).ok().filter(|length| *length > 0);
     Some((side(size.width())?, side(size.height())?))
+}
+
+/// The devices of a spec that a driver of the guest must be there for: path and minor number
+/// of each miscellaneous one (major 10). A privileged container is given all of the host's,
+/// whether it wants them or not.
+pub fn driven_devices(spec: &Spec) -> Vec<(PathBuf, i64)> {
+    let linux = spec.linux().as_ref();
+    let rules = linux.and_then(|linux| linux.resources().as_ref()?.devices().as_ref());
+    let is_privileged = rules.into_iter().flatten().any(|rule| {
+        rule.allow()
+            && rule.major().is_none()
+            && rule.minor().is_none()
+            && rule.typ().is_none_or(|typ| typ == LinuxDeviceType::A)
+    });
+    if is_privileged {
+        return Vec::new();
+    }
+    linux
+        .and_then(|linux| linux.devices().as_ref())
+        .into_iter()
+        .flatten()
+        .filter(|device| device.typ() == LinuxDeviceType::C && device.major() == MISC_MAJOR)
+        .map(|device| (device.path().clone(), device.minor()))
+        .collect()
+}
+
+/// Whether a process may become the administrator of the pod's network.
+pub fn may_administer_network(spec: &Spec) -> bool {
+    spec.process()
+        .as_ref()
+        .and_then(|process| process.capabilities().as_ref()?.bounding().as_ref())
+        .is_some_and(|set| set.contains(&Capability::NetAdmin))
 }
 
 /// Checks a filter that the host compiled.
@@ -238,6 +308,15 @@ fn namespace(linux: &Linux, kind: LinuxNamespaceType) -> Option<&Option<PathBuf>
         .flatten()
         .find(|namespace| namespace.typ() == kind)
         .map(LinuxNamespace::path)
+}
+
+fn set_namespace(linux: &mut Linux, kind: LinuxNamespaceType, path: Option<&Path>) {
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    namespaces.retain(|namespace| namespace.typ() != kind);
+    let mut own = LinuxNamespace::default();
+    own.set_typ(kind).set_path(path.map(Into::into));
+    namespaces.push(own);
+    linux.set_namespaces(Some(namespaces));
 }
 
 fn has_hooks(hooks: &Hooks) -> bool {
@@ -368,6 +447,7 @@ mod tests {
             cgroup: Path::new("/pod/c"),
             terminal: false,
             devices,
+            pids: None,
         }
     }
 
@@ -385,7 +465,10 @@ mod tests {
         assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/pod/c")));
         assert_eq!(spec.root().as_ref().unwrap().readonly(), Some(true));
         assert_eq!(process.cwd(), Path::new("/"));
-        assert_eq!(process.env().as_ref().unwrap(), &["A=b", DEFAULT_PATH]);
+        assert_eq!(
+            process.env().as_ref().unwrap(),
+            &["A=b", DEFAULT_PATH, NO_HOME]
+        );
         assert!(spec.hostname().is_none(), "no UTS namespace of its own");
         assert_eq!(console_size(process), Some((80, 24)));
         assert_eq!(namespace(linux, LinuxNamespaceType::Cgroup), Some(&None));
@@ -394,10 +477,70 @@ mod tests {
             Facts {
                 own_pid_namespace: true,
                 uid: 1000,
+                find_home: true,
                 cwd: "/".into(),
                 binds: vec![("/run/dyad/volumes/hosts".into(), "/etc/hosts".into())],
             }
         );
+    }
+
+    #[test]
+    fn a_container_joins_the_pid_namespace_it_is_told() {
+        for (pids, own) in [(None, true), (Some(Path::new("/proc/77/ns/pid")), false)] {
+            let place = Place { pids, ..place(&[]) };
+            let (spec, facts) = adapt(parse(SPEC.as_bytes()).unwrap(), &place).unwrap();
+            let linux = spec.linux().as_ref().unwrap();
+            let joined = namespace(linux, LinuxNamespaceType::Pid).unwrap();
+            assert_eq!((joined.as_deref(), facts.own_pid_namespace), (pids, own));
+            let all = linux.namespaces().as_deref().unwrap_or_default();
+            let of_pids = |n: &&LinuxNamespace| n.typ() == LinuxNamespaceType::Pid;
+            assert_eq!(all.iter().filter(of_pids).count(), 1);
+        }
+    }
+
+    #[test]
+    fn a_home_that_is_missing_or_empty_is_the_users() {
+        for (env, wanted) in [
+            (vec!["A=1"], true),
+            (vec!["HOME="], true),
+            (vec!["HOME=/here"], false),
+            (vec!["HOMER=/x"], true),
+        ] {
+            let mut process = parse(SPEC.as_bytes()).unwrap().process().clone().unwrap();
+            process.set_env(Some(env.iter().map(ToString::to_string).collect()));
+            assert_eq!(
+                adapt_process(&mut process, false).unwrap(),
+                wanted,
+                "{env:?}"
+            );
+            let homes = process
+                .env()
+                .iter()
+                .flatten()
+                .filter(|entry| is_home(entry));
+            assert_eq!(homes.count(), 1, "{env:?}");
+        }
+        let passwd = b"root:x:0:0:root:/root:/bin/sh\nbad\n\xff\nuser:x:1000:1000::/home/user:/bin/sh\nno:x:7:7:::\n";
+        let found = [0, 1000, 7, 4242].map(|uid| home(passwd, uid));
+        assert_eq!(found, ["/root", "/home/user", "/", "/"]);
+        assert_eq!(home(b"", 0), "/");
+    }
+
+    #[test]
+    fn a_device_wants_its_driver_unless_all_are_given() {
+        let with = |rule: &str| {
+            let devices = format!(
+                r#""cgroupsPath": "/x", "devices": [
+                    {{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}},
+                    {{"path": "/dev/vpn", "type": "c", "major": 10, "minor": 200}}],
+                   "resources": {{"devices": [{rule}]}},"#
+            );
+            let json = SPEC.replace(r#""cgroupsPath": "/kubepods/x","#, &devices);
+            driven_devices(&parse(json.as_bytes()).unwrap())
+        };
+        let tun = vec![(PathBuf::from("/dev/vpn"), 200)];
+        assert_eq!(with(r#"{"allow": false, "access": "rwm"}"#), tun);
+        assert!(with(r#"{"allow": true, "access": "rwm"}"#).is_empty());
     }
 
     #[test]

@@ -55,6 +55,7 @@ pub async fn check(config: &MachineConfig, cache_dir: &Path) -> Vec<Check> {
     checks.push(channel(config.channel, Path::new("/dev/vhost-vsock")));
     checks.push(kernel(&config.kernel));
     checks.push(initramfs(&config.initramfs));
+    checks.push(modules(config));
     checks
 }
 
@@ -167,6 +168,18 @@ fn kernel(path: &Path) -> Check {
             format!("{} is no ELF image", path.display()),
             GUEST_MEND,
         ),
+    }
+}
+
+fn modules(config: &MachineConfig) -> Check {
+    match crate::modules::disk(config) {
+        Ok(Some(disk)) => Check::ok("guest modules", disk.file.display().to_string()),
+        Ok(None) => Check::warn(
+            "guest modules",
+            "none: no iptables, tun, bridge, wireguard or NFS in machines",
+            GUEST_MEND,
+        ),
+        Err(error) => Check::fail("guest modules", error.chain(), GUEST_MEND),
     }
 }
 

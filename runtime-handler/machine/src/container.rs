@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use dyad_agent_api::proto::agent::create_options::Pids as GuestPids;
 use dyad_agent_api::proto::agent::file::Content;
 use dyad_agent_api::proto::agent::{CreateOptions, File, Filesystem, PutFilesRequest};
 use dyad_runtime_handler::Error;
@@ -20,6 +21,7 @@ use crate::guest::Agent;
 use crate::machine::Machine;
 use crate::migrate::offer::{Position, Traveller};
 use crate::seccomp::{self, Filter};
+use crate::stand_in::StandIn;
 use crate::storage::apply::{self as storage, Image};
 use crate::storage::plan as storage_plan;
 use crate::volumes::mounts::Mounts;
@@ -45,7 +47,18 @@ pub struct Container {
     name: String,
     image: PathBuf,
     parts: Parts,
+    stand_in: StandIn,
     state: Mutex<State>,
+}
+
+/// The PID namespace that it is in.
+enum Pids {
+    /// Its own.
+    Own,
+    /// The pod's.
+    Pod,
+    /// That of the container with this id.
+    Target(String),
 }
 
 /// What it is made from, whatever the guest calls it.
@@ -55,6 +68,7 @@ struct Parts {
     mounts: Vec<Mount>,
     roots: Roots,
     ids: Ids,
+    pids: Pids,
     filter: Filter,
     readonly_root: bool,
     /// The serials of the images that are its volumes, in the order of its mounts.
@@ -157,6 +171,7 @@ impl Container {
                 program: Vec::new(),
                 flags: 0,
             },
+            pids: Pids::Own,
             readonly_root: guest.readonly_root,
             image_volumes: Vec::new(),
             oci: guest.oci,
@@ -181,6 +196,14 @@ impl Container {
             .iter()
             .map(|image| image.key.clone())
             .collect();
+        parts.pids = match guest.joins_pids_of {
+            None => Pids::Own,
+            // Any other id is the sandbox's, whose process may have been another when that was told.
+            Some(pid) => machine
+                .container_told_as(pid)
+                .map_or(Pids::Pod, Pids::Target),
+        };
+        let stand_in = StandIn::start(machine.netns()).await?;
         let waits = machine.is_waiting();
         let serial = if waits {
             image.key.clone()
@@ -203,6 +226,7 @@ impl Container {
             name,
             image: image.file,
             parts,
+            stand_in,
             state: Mutex::new(State {
                 phase: Phase::Created,
                 sync: None,
@@ -228,6 +252,11 @@ impl Container {
     /// Its id.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// The process id that containerd is told.
+    pub fn told_pid(&self) -> u32 {
+        self.stand_in.id()
     }
 
     /// Its image's file.
@@ -321,7 +350,8 @@ impl Container {
     }
 
     /// Puts the volumes and the container into the guest, and waits for its end.
-    async fn make(self: &Arc<Self>, stdio: Stdio, options: CreateOptions) -> Result<()> {
+    async fn make(self: &Arc<Self>, stdio: Stdio, mut options: CreateOptions) -> Result<()> {
+        options.pids = self.pids_in_guest()?;
         let boot = self.machine.boot_number();
         let agent = self.machine.agent();
         let made = self.made();
@@ -347,6 +377,22 @@ impl Container {
         }
         self.keep_in_sync(agent);
         Ok(())
+    }
+
+    fn pids_in_guest(&self) -> Result<Option<GuestPids>> {
+        Ok(match &self.parts.pids {
+            Pids::Own => None,
+            Pids::Pod => Some(GuestPids::PodPids(true)),
+            Pids::Target(id) => {
+                let target = self.machine.guest_id_of(id).ok_or_else(|| {
+                    Error::FailedPrecondition(format!(
+                        "container {id}, whose processes container {} is to see, is gone",
+                        self.id
+                    ))
+                })?;
+                Some(GuestPids::TargetPids(target))
+            }
+        })
     }
 
     /// What changes in its volumes on the host changes in the guest.
@@ -456,6 +502,7 @@ impl Container {
         self.machine.agent().start(&self.guest_id(), exec).await?;
         self.machine
             .pid()
+            .map(|_| self.told_pid())
             .ok_or_else(|| Error::FailedPrecondition("the machine is powered off".into()))
     }
 }
@@ -473,7 +520,7 @@ impl Instance for ContainerInstance {
                 .machine
                 .offer_container(&container.name, container.image.clone(), true)
                 .await?;
-            return Ok(std::process::id());
+            return Ok(container.told_pid());
         }
         if container.lock().phase == Phase::Started {
             // Again, in the same bundle: a new process from the same parts.
@@ -498,7 +545,7 @@ impl Instance for ContainerInstance {
     }
 
     fn pid(&self) -> Option<u32> {
-        self.0.machine.pid()
+        self.0.machine.pid().map(|_| self.0.told_pid())
     }
 
     async fn signal(&self, exec: Option<&str>, signal: i32, all: bool) -> Result<()> {

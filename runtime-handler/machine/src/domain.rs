@@ -121,6 +121,17 @@ pub struct DomainPlan {
     pub console_log: PathBuf,
     /// Images that were plugged in, by their units.
     pub images: Vec<ImageDisk>,
+    /// The guest kernel's modules.
+    pub modules: Option<ModulesDisk>,
+}
+
+/// The read-only disk with the guest kernel's modules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModulesDisk {
+    /// EROFS image.
+    pub file: PathBuf,
+    /// The guest finds it by this; at most 36 characters (SCSI).
+    pub serial: String,
 }
 
 /// A read-only image that is plugged into a running machine.
@@ -326,6 +337,9 @@ impl DomainPlan {
         for image in &self.images {
             image.write(w)?;
         }
+        if let Some(ModulesDisk { file, serial }) = &self.modules {
+            write_read_only(w, file, serial, MODULES)?;
+        }
         if let Some(memory) = self.plugged_memory() {
             memory.write(w)?;
         }
@@ -377,28 +391,53 @@ impl ImageDisk {
     }
 
     fn write(&self, w: &mut Xml) -> io::Result<()> {
-        element(w, "disk", &[("type", "file"), ("device", "disk")], |w| {
-            empty(w, "driver", &[("name", "qemu"), ("type", "raw")])?;
-            let path = self.file.to_string_lossy();
-            element(w, "source", &[("file", path.as_ref())], |w| {
-                empty(w, "seclabel", &[("model", "dac"), ("relabel", "no")])
-            })?;
-            let target = scsi_name(self.unit);
-            empty(w, "target", &[("dev", target.as_str()), ("bus", "scsi")])?;
-            empty(w, "readonly", &[])?;
-            empty(w, "shareable", &[])?;
-            text(w, "serial", &[], &self.serial)?;
-            let unit = self.unit.to_string();
-            let address = [
-                ("type", "drive"),
-                ("controller", "0"),
-                ("bus", "0"),
-                ("target", "0"),
-                ("unit", unit.as_str()),
-            ];
-            empty(w, "address", &address)
-        })
+        let place = ScsiPlace {
+            target: 0,
+            unit: self.unit,
+            name: self.unit,
+        };
+        write_read_only(w, &self.file, &self.serial, place)
     }
+}
+
+/// Where a disk is on the virtio-scsi controller.
+struct ScsiPlace {
+    target: u32,
+    unit: u32,
+    /// Which of libvirt's names it has.
+    name: u32,
+}
+
+/// A target of its own, which the guest does not look at before the pod's disks are there. The
+/// name is one that no image's unit gives (virtio-scsi has 16384 units).
+const MODULES: ScsiPlace = ScsiPlace {
+    target: 1,
+    unit: 0,
+    name: 1 << 14,
+};
+
+fn write_read_only(w: &mut Xml, file: &Path, serial: &str, place: ScsiPlace) -> io::Result<()> {
+    element(w, "disk", &[("type", "file"), ("device", "disk")], |w| {
+        empty(w, "driver", &[("name", "qemu"), ("type", "raw")])?;
+        let path = file.to_string_lossy();
+        element(w, "source", &[("file", path.as_ref())], |w| {
+            empty(w, "seclabel", &[("model", "dac"), ("relabel", "no")])
+        })?;
+        let name = scsi_name(place.name);
+        empty(w, "target", &[("dev", name.as_str()), ("bus", "scsi")])?;
+        empty(w, "readonly", &[])?;
+        empty(w, "shareable", &[])?;
+        text(w, "serial", &[], serial)?;
+        let (target, unit) = (place.target.to_string(), place.unit.to_string());
+        let address = [
+            ("type", "drive"),
+            ("controller", "0"),
+            ("bus", "0"),
+            ("target", target.as_str()),
+            ("unit", unit.as_str()),
+        ];
+        empty(w, "address", &address)
+    })
 }
 
 /// The virtio-mem device.
@@ -542,6 +581,7 @@ mod tests {
             console_socket: "/run/dyad/m/11112222/console.sock".into(),
             console_log: "/var/lib/dyad/machines/11112222/console.log".into(),
             images: Vec::new(),
+            modules: None,
         }
     }
 
@@ -604,6 +644,10 @@ mod tests {
             file: "/var/lib/dyad/images/5a5a.erofs".into(),
             serial: "5a5a".into(),
             unit: 0,
+        });
+        plan.modules = Some(ModulesDisk {
+            file: "/var/lib/dyad/guest/modules.erofs".into(),
+            serial: "modules-0123456789abcdef01234567".into(),
         });
         golden("resized.xml", &plan.to_xml());
     }

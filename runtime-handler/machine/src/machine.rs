@@ -340,6 +340,11 @@ impl Machine {
         &self.record.sandbox_id
     }
 
+    /// The pod's network namespace.
+    pub fn netns(&self) -> Option<&std::path::Path> {
+        self.record.netns.as_deref()
+    }
+
     /// Removes the machine with all that belongs to it.
     ///
     /// # Errors

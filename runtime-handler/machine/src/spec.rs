@@ -5,12 +5,13 @@
 //! refused by name. What differs inside the guest is the agent's to adapt.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::Result;
 use oci_spec::runtime::{
-    Hooks, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxSeccomp, Process, Spec,
+    Hooks, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxSeccomp, Process,
+    Spec,
 };
 
 /// The pod as its sandbox's spec describes it.
@@ -31,25 +32,31 @@ pub struct SandboxSpec {
 pub struct GuestSpec {
     /// What the agent runs; mounts and seccomp are taken out, to be filled in.
     pub oci: Spec,
+    /// The process of the host whose PID namespace it is to join: of the pod, or of another of
+    /// its containers. `None`: it has one of its own.
+    pub joins_pids_of: Option<u32>,
     /// The profile to compile on the host.
     pub seccomp: Option<LinuxSeccomp>,
     /// The root is read-only.
     pub readonly_root: bool,
 }
 
-/// Device nodes that every container has (OCI runtime spec, default devices) or that
-/// exist in the guest too.
-const GUEST_DEVICES: [&str; 10] = [
-    "/dev/null",
-    "/dev/zero",
-    "/dev/full",
-    "/dev/random",
-    "/dev/urandom",
-    "/dev/tty",
-    "/dev/console",
-    "/dev/ptmx",
-    "/dev/fuse",
-    "/dev/net/tun",
+/// Character devices that the guest has under the same numbers, wherever in the container
+/// they are: those of every container (OCI runtime spec, default devices), and /dev/net/tun,
+/// /dev/fuse and /dev/kvm, for which the agent finds a driver or refuses
+/// (Documentation/admin-guide/devices.txt).
+const GUEST_DEVICES: [(i64, i64); 11] = [
+    (1, 3),
+    (1, 5),
+    (1, 7),
+    (1, 8),
+    (1, 9),
+    (5, 0),
+    (5, 1),
+    (5, 2),
+    (10, 200),
+    (10, 229),
+    (10, 232),
 ];
 
 /// Reads the sandbox's spec.
@@ -120,12 +127,12 @@ pub fn container(mut oci: Spec) -> Result<GuestSpec> {
             "hostUsers: false is not supported for a machine pod, which is isolated by its machine; remove it".into(),
         ));
     }
-    // The guest is the pod: its own network, IPC and UTS namespaces are the pod's. A PID
-    // namespace named by path is the pod's or another container's, which is the guest's too.
+    let joins_pids_of = pids_joined(&namespaces)?;
+    // The guest is the pod: its own network, IPC and UTS namespaces are the pod's.
     namespaces.retain(|namespace| match namespace.typ() {
         LinuxNamespaceType::Network | LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts => false,
         LinuxNamespaceType::Time => false,
-        LinuxNamespaceType::Pid => namespace.path().is_none(),
+        LinuxNamespaceType::Pid => joins_pids_of.is_none(),
         _ => true,
     });
     for namespace in &mut namespaces {
@@ -144,6 +151,18 @@ pub fn container(mut oci: Spec) -> Result<GuestSpec> {
     linux.set_namespaces(Some(namespaces));
 
     let mut resources = linux.resources().clone().unwrap_or_default();
+    // CRI names every page size of the host, with 0 where none is asked for.
+    if let Some(pages) = resources
+        .hugepage_limits()
+        .iter()
+        .flatten()
+        .find(|limit| limit.limit() > 0)
+    {
+        return Err(Error::InvalidArgument(format!(
+            "resources.limits: hugepages of {}: a machine's guest has no huge pages of its own; remove the limit, or run the pod as containers (runtimeClassName: dyad)",
+            pages.page_size()
+        )));
+    }
     let privileged = resources.devices().iter().flatten().any(|rule| {
         rule.allow()
             && rule.major().is_none()
@@ -152,9 +171,7 @@ pub fn container(mut oci: Spec) -> Result<GuestSpec> {
                 .access()
                 .as_deref()
                 .is_some_and(|access| access.contains('w'))
-            && rule
-                .typ()
-                .is_none_or(|t| t == oci_spec::runtime::LinuxDeviceType::A)
+            && rule.typ().is_none_or(|t| t == LinuxDeviceType::A)
     });
     let devices = linux.devices().clone().unwrap_or_default();
     linux.set_devices(Some(guest_devices(devices, privileged)?));
@@ -191,6 +208,7 @@ pub fn container(mut oci: Spec) -> Result<GuestSpec> {
         .unwrap_or(false);
     Ok(GuestSpec {
         oci,
+        joins_pids_of,
         seccomp,
         readonly_root,
     })
@@ -210,15 +228,40 @@ pub fn process(process: &mut Process) -> Result<()> {
     Ok(())
 }
 
+/// The process whose PID namespace the spec joins. containerd names that of the sandbox
+/// (`shareProcessNamespace`) or of another container (`kubectl debug --target`), by the
+/// process ids that it was told.
+fn pids_joined(namespaces: &[LinuxNamespace]) -> Result<Option<u32>> {
+    let found = namespaces
+        .iter()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Pid);
+    let Some(namespace) = found else {
+        return Err(Error::InvalidArgument(
+            "hostPID: true is not possible for a machine pod, whose guest has a kernel of its own; remove it, or run the pod as containers (runtimeClassName: dyad)".into(),
+        ));
+    };
+    let Some(path) = namespace.path() else {
+        return Ok(None);
+    };
+    let pid = path
+        .to_str()
+        .and_then(|path| path.strip_prefix("/proc/")?.strip_suffix("/ns/pid"))
+        .and_then(|pid| pid.parse().ok());
+    pid.map(Some).ok_or_else(|| {
+        Error::InvalidArgument(format!(
+            "linux.namespaces: PID namespace {}: only that of the pod or of one of its containers (/proc/PID/ns/pid) can be joined",
+            path.display()
+        ))
+    })
+}
+
 /// Keeps what the guest has. A privileged container is given every device of the host:
 /// those are the machine's boundary and stay outside. One that is named is refused.
 fn guest_devices(devices: Vec<LinuxDevice>, privileged: bool) -> Result<Vec<LinuxDevice>> {
     let mut kept = Vec::new();
     for device in devices {
-        if GUEST_DEVICES
-            .iter()
-            .any(|known| Path::new(known) == device.path())
-        {
+        let is_character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
+        if is_character && GUEST_DEVICES.contains(&(device.major(), device.minor())) {
             kept.push(device);
         } else if !privileged {
             return Err(Error::InvalidArgument(format!(
@@ -247,6 +290,8 @@ fn has_hooks(hooks: &Hooks) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn spec(json: &str) -> Spec {
@@ -342,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pid_namespace_shared_with_the_pod_is_the_guest_s() {
+    fn a_pid_namespace_that_is_joined_is_named_by_its_process() {
         let json = serde_json::to_string(&container_spec("")).expect("json");
         let shared = json.replace(
             r#"{"type":"pid"}"#,
@@ -354,6 +399,56 @@ mod tests {
             kinds(&got),
             [LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup]
         );
+        assert_eq!(got.joins_pids_of, Some(7));
+        let own = container(container_spec("")).expect("spec");
+        assert_eq!(own.joins_pids_of, None);
+        for path in ["/proc/self/ns/pid", "/run/x", "/proc/7/ns/net"] {
+            let elsewhere = shared.replace("/proc/7/ns/pid", path);
+            let error = container(spec(&elsewhere)).expect_err(path).to_string();
+            assert!(error.contains(path), "{error}");
+        }
+        let hosts = json.replace(r#"{"type":"pid"},"#, "");
+        let error = container(spec(&hosts)).expect_err("refused").to_string();
+        assert!(error.contains("hostPID"), "{error}");
+    }
+
+    #[test]
+    fn huge_pages_are_refused_by_their_size_and_none_are_no_huge_pages() {
+        let with = |limit: u64| {
+            container(container_spec(&format!(
+                r#", "resources": {{"hugepageLimits": [{{"pageSize": "2MB", "limit": {limit}}}]}}"#
+            )))
+        };
+        assert!(with(0).is_ok());
+        let error = with(1 << 21).expect_err("refused").to_string();
+        assert!(error.contains("hugepages of 2MB"), "{error}");
+    }
+
+    #[test]
+    fn a_device_is_known_by_its_number_wherever_it_is() {
+        let devices = |path: &str, typ: &str, major: i64, minor: i64| {
+            container(container_spec(&format!(
+                r#", "devices": [{{"path": "{path}", "type": "{typ}", "major": {major}, "minor": {minor}}}]"#
+            )))
+        };
+        for (path, minor) in [
+            ("/dev/net/tun", 200),
+            ("/dev/vpn", 200),
+            ("/dev/fuse", 229),
+            ("/dev/kvm", 232),
+        ] {
+            assert!(devices(path, "c", 10, minor).is_ok(), "{path}");
+        }
+        for (path, typ, major, minor) in [
+            ("/dev/fuse", "b", 8, 0),
+            ("/dev/null", "b", 1, 3),
+            ("/dev/net/tun", "c", 10, 63),
+        ] {
+            let error = devices(path, typ, major, minor)
+                .expect_err(path)
+                .to_string();
+            assert!(error.contains(path), "{error}");
+        }
     }
 
     #[test]

@@ -314,6 +314,11 @@ impl<'a> Body<'a> {
                     // run + at < MAX_RUN, so the code fits.
                     self.end_block((run + at) as u8 + 1);
                     bytes = &bytes[at + 1..];
+                    // Zeros after a zero are blocks without bytes. In one go: padding, as tar
+                    // has it, would cost a step for each.
+                    let zeros = bytes.iter().take_while(|byte| **byte == 0).count();
+                    self.end_empty_blocks(zeros);
+                    bytes = &bytes[zeros..];
                 }
                 None => {
                     self.out.extend_from_slice(room);
@@ -325,6 +330,14 @@ impl<'a> Body<'a> {
 
     fn end_block(&mut self, code: u8) {
         self.out[self.code_at] = code;
+        self.code_at = self.out.len();
+        self.out.push(0);
+    }
+
+    /// Ends the block that has just begun, and as many more without bytes.
+    fn end_empty_blocks(&mut self, count: usize) {
+        self.out[self.code_at] = 1;
+        self.out.resize(self.code_at + count, 1);
         self.code_at = self.out.len();
         self.out.push(0);
     }
@@ -410,6 +423,16 @@ impl Decoder {
     pub fn next(&mut self, input: &mut &[u8]) -> Option<Result<Frame, FrameError>> {
         while let Some((&first, rest)) = input.split_first() {
             match self.place {
+                // Blocks without bytes, one zero each: all that are here in one go.
+                Place::Block {
+                    left: 0,
+                    zero: true,
+                } if first == 1 && self.body.len() < self.max_body => {
+                    let fits = &input[..input.len().min(self.max_body - self.body.len())];
+                    let count = fits.iter().take_while(|byte| **byte == 1).count();
+                    self.body.resize(self.body.len() + count, 0);
+                    *input = &input[count..];
+                }
                 Place::Between | Place::Block { left: 0, .. } if first != 0 => {
                     *input = rest;
                     if matches!(self.place, Place::Block { zero: true, .. }) {

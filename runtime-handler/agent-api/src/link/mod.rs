@@ -75,10 +75,10 @@ pub const OUTPUT_CAPACITY: usize = 256 << 10;
 pub const OUTPUT_WINDOW: u32 = 128 << 10;
 
 /// Unacknowledged bytes that one input stream keeps on the host.
-pub const INPUT_CAPACITY: usize = 64 << 10;
+pub const INPUT_CAPACITY: usize = 128 << 10;
 
 /// Bytes of one input stream that the guest takes before the process reads them.
-pub const INPUT_WINDOW: u32 = 64 << 10;
+pub const INPUT_WINDOW: u32 = 128 << 10;
 
 /// Which of a process's standard streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -841,6 +841,36 @@ mod codec {
     }
 
     #[test]
+    fn runs_of_zeros_are_encoded_as_the_crate_does_and_come_in_any_pieces() {
+        for zeros in [1, 2, 253, 254, 255, 5000] {
+            for (before, after) in [(0, 0), (1, 0), (254, 1), (3, 300)] {
+                let data = [vec![9; before], vec![0; zeros], vec![1; after]].concat();
+                let frame = Frame::Data {
+                    key: StreamKey::new("c", None, StdFd::Stdout),
+                    offset: 0,
+                    data: Bytes::from(data),
+                    eof: false,
+                };
+                let out = wire(&frame);
+                let body = cobs::decode_vec(&out[..out.len() - 1]).unwrap();
+                assert_eq!(cobs::encode_vec(&body), out[..out.len() - 1]);
+                for size in [1, 7, 64, out.len()] {
+                    let mut decoder = Decoder::new(MAX_ANSWER);
+                    let mut found = Vec::new();
+                    for mut piece in out.chunks(size) {
+                        found.extend(std::iter::from_fn(|| decoder.next(&mut piece)));
+                    }
+                    assert_eq!(found, [Ok(frame.clone())], "{zeros} {before} {after}");
+                }
+            }
+        }
+        // More than a receiver takes is refused as before.
+        let mut decoder = Decoder::new(100);
+        let out = [&[2, 7][..], &[1; 500], &[0]].concat();
+        assert_eq!(decoder.next(&mut &out[..]), Some(Err(FrameError::Oversize)));
+    }
+
+    #[test]
     fn each_defect_has_its_error() {
         let resync = wire(&Frame::Resync);
         assert_eq!(decode(&resync), [Ok(Frame::Resync)]);

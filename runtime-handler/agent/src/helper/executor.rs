@@ -1,6 +1,5 @@
 //! The last steps before the container's program: filter, capabilities, execve.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::ffi::CString;
@@ -17,7 +16,7 @@ use libcontainer::workload::{
 };
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal, signal};
-use nix::unistd::{AccessFlags, access};
+use nix::unistd::{AccessFlags, Uid, access, fchown};
 use oci_spec::runtime::{LinuxCapabilities, Process, Spec};
 use rustix::termios::tcgetwinsize;
 
@@ -35,15 +34,14 @@ const NOT_RUNNABLE_STATUS: i32 = 126;
 #[derive(Clone)]
 pub struct GuestExecutor {
     filter: Option<Rc<LoadedFilter>>,
-    /// With defaults added by libcontainer (HOME).
-    env: Rc<RefCell<HashMap<String, String>>>,
+    capabilities: Rc<LinuxCapabilities>,
+    find_home: bool,
     is_init: bool,
 }
 
 struct LoadedFilter {
     instructions: Vec<libc::sock_filter>,
     flags: u32,
-    capabilities_after: Option<LinuxCapabilities>,
 }
 
 impl GuestExecutor {
@@ -61,13 +59,13 @@ impl GuestExecutor {
                 Some(Rc::new(LoadedFilter {
                     instructions: instructions(&bytes),
                     flags: filter.flags,
-                    capabilities_after: filter.capabilities_after.clone(),
                 }))
             }
         };
         Ok(Self {
             filter,
-            env: Rc::default(),
+            capabilities: Rc::new(job.capabilities.clone()),
+            find_home: job.find_home,
             is_init: job.process.is_none(),
         })
     }
@@ -83,25 +81,18 @@ impl GuestExecutor {
             .map(|argument| c_string(argument.as_bytes()))
             .collect::<std::result::Result<Vec<_>, _>>()?;
         let environment = self.environment(process)?;
-        if let Some((width, height)) = spec::console_size(process)
-            && process.terminal() == Some(true)
-        {
-            let stdin = std::io::stdin();
-            // Somebody may have resized it already, and knows better.
-            if tcgetwinsize(&stdin).is_ok_and(|size| (size.ws_row, size.ws_col) == (0, 0)) {
-                let _ = resize(&stdin, width, height);
-            }
+        if process.terminal() == Some(true) {
+            prepare_terminal(process).map_err(Refusal::other("give the terminal to its user"))?;
         }
         default_sigpipe().map_err(Refusal::other("reset SIGPIPE"))?;
-        if let Some(filter) = &self.filter {
-            filter
-                .load()
-                .map_err(Refusal::other("load the seccomp filter"))?;
-            if let Some(capabilities) = &filter.capabilities_after {
-                let syscall = create_syscall();
-                drop_privileges(capabilities, syscall.as_ref())
-                    .map_err(Refusal::other("drop capabilities"))?;
-            }
+        // Where new privileges may be gained, a filter is loaded only with CAP_SYS_ADMIN; else
+        // as late as can be, since it may refuse the dropping.
+        if process.no_new_privileges() == Some(true) {
+            self.drop_capabilities()?;
+            self.load_filter()?;
+        } else {
+            self.load_filter()?;
+            self.drop_capabilities()?;
         }
         let Err(error) = nix::unistd::execve(&path, &arguments, &environment);
         Err(Refusal {
@@ -118,25 +109,46 @@ impl GuestExecutor {
         })
     }
 
-    /// The spec's variables in its order, then what libcontainer added.
-    fn environment(&self, process: &Process) -> std::result::Result<Vec<CString>, Refusal> {
-        let given = process.env().iter().flatten();
-        let mut all = given
-            .map(|entry| c_string(entry.as_bytes()))
-            .collect::<std::result::Result<Vec<_>, _>>()?;
-        let env = self.env.borrow();
-        let is_given = |name: &str| {
-            process
-                .env()
-                .iter()
-                .flatten()
-                .any(|entry| entry.split('=').next() == Some(name))
-        };
-        for (name, value) in env.iter().filter(|(name, _)| !is_given(name)) {
-            all.push(c_string(format!("{name}={value}").as_bytes())?);
-        }
-        Ok(all)
+    fn load_filter(&self) -> std::result::Result<(), Refusal> {
+        self.filter.as_ref().map_or(Ok(()), |filter| {
+            filter
+                .load()
+                .map_err(Refusal::other("load the seccomp filter"))
+        })
     }
+
+    fn drop_capabilities(&self) -> std::result::Result<(), Refusal> {
+        drop_privileges(&self.capabilities, create_syscall().as_ref())
+            .map_err(Refusal::other("drop capabilities"))
+    }
+
+    /// The spec's variables in its order, with the user's HOME where it is to be looked up.
+    fn environment(&self, process: &Process) -> std::result::Result<Vec<CString>, Refusal> {
+        let entry = |entry: &String| {
+            if self.find_home && spec::is_home(entry) {
+                let passwd = std::fs::read("/etc/passwd").unwrap_or_default();
+                let home = spec::home(&passwd, process.user().uid());
+                c_string(format!("HOME={home}").as_bytes())
+            } else {
+                c_string(entry.as_bytes())
+            }
+        };
+        process.env().iter().flatten().map(entry).collect()
+    }
+}
+
+/// Gives the terminal to the process's user, who opens it again by name, and its size.
+fn prepare_terminal(process: &Process) -> nix::Result<()> {
+    let stdin = std::io::stdin();
+    let user = Uid::from_raw(process.user().uid());
+    fchown(&stdin, Some(user), None)?;
+    // Somebody may have resized it already, and knows better.
+    if let Some((width, height)) = spec::console_size(process)
+        && tcgetwinsize(&stdin).is_ok_and(|size| (size.ws_row, size.ws_col) == (0, 0))
+    {
+        let _ = resize(&stdin, width, height);
+    }
+    Ok(())
 }
 
 impl Executor for GuestExecutor {
@@ -149,11 +161,11 @@ impl Executor for GuestExecutor {
         })
     }
 
+    /// The environment is made from the spec, whose order libcontainer's map has lost.
     fn setup_envs(
         &self,
-        envs: HashMap<String, String>,
+        _: HashMap<String, String>,
     ) -> std::result::Result<(), ExecutorSetEnvsError> {
-        *self.env.borrow_mut() = envs;
         Ok(())
     }
 
@@ -350,14 +362,12 @@ mod tests {
     fn the_environment_keeps_its_order_and_gains_home() {
         let executor = GuestExecutor {
             filter: None,
-            env: Rc::new(RefCell::new(HashMap::from([
-                ("HOME".into(), "/root".into()),
-                ("A".into(), "other".into()),
-            ]))),
+            capabilities: Rc::default(),
+            find_home: true,
             is_init: true,
         };
         let environment = executor
-            .environment(&process(&["x"], &["B=1", "A=2", "=odd"]))
+            .environment(&process(&["x"], &["B=1", "A=2", "=odd", "HOME=/"]))
             .unwrap();
         let texts: Vec<_> = environment
             .iter()

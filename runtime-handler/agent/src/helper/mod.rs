@@ -20,6 +20,8 @@ use dyad_runtime_handler::{Error, Result, error::Context};
 use oci_spec::runtime::LinuxCapabilities;
 use serde::{Deserialize, Serialize};
 
+use crate::logger::ERROR_MARK;
+
 /// In a container's folder below [`LIBCONTAINER`]: its init runs when somebody
 /// connects to this socket.
 pub use run::NOTIFY_FILE;
@@ -32,9 +34,6 @@ pub const LIBCONTAINER: &str = "/run/dyad/libcontainer";
 
 /// The filter's file in a container's folder.
 pub const FILTER: &str = "seccomp.bpf";
-
-/// What the helper logs, in a container's folder.
-pub const LOG: &str = "helper.log";
 
 /// What a helper is to do.
 #[derive(Debug, Serialize, Deserialize)]
@@ -49,6 +48,14 @@ pub struct Job {
     pub console_socket: Option<PathBuf>,
     /// The filter to load just before the process runs.
     pub filter: Option<Filter>,
+    /// Given up to just before the process runs: by us, so that its terminal can be made its
+    /// user's, and a filter loaded, before.
+    pub capabilities: LinuxCapabilities,
+    /// Its HOME is the user's, from the container's `/etc/passwd`.
+    pub find_home: bool,
+    /// Below the container's cgroup, where its init is: a group with groups below it takes no
+    /// processes.
+    pub sub_cgroup: Option<String>,
     /// Log level.
     pub log: String,
 }
@@ -60,9 +67,6 @@ pub struct Filter {
     pub file: PathBuf,
     /// `SECCOMP_FILTER_FLAG_*`.
     pub flags: u32,
-    /// To be dropped to after the load, which needs CAP_SYS_ADMIN where new privileges
-    /// may be gained. None: libcontainer has dropped them before.
-    pub capabilities_after: Option<LinuxCapabilities>,
 }
 
 /// What a helper answers.
@@ -92,12 +96,20 @@ pub fn outcome_file(job: &Path) -> PathBuf {
     job.with_extension("outcome")
 }
 
-/// Reads and removes the answer.
+/// Where the helper of `job` logs.
+pub fn log_file(job: &Path) -> PathBuf {
+    job.with_extension("log")
+}
+
+/// Reads and removes the answer, and the log.
 ///
 /// # Errors
-/// What the helper failed with; that there is none, with the end of its log.
-pub fn take_outcome(job: &Path, log: &Path, status: u32) -> Result<u32> {
+/// What the helper failed with, in its own words; that there is no answer, with the end of its
+/// log.
+pub fn take_outcome(job: &Path, status: u32) -> Result<u32> {
     let file = outcome_file(job);
+    let log = std::fs::read_to_string(log_file(job)).unwrap_or_default();
+    let _ = std::fs::remove_file(log_file(job));
     let outcome = std::fs::read(&file)
         .ok()
         .and_then(|json| serde_json::from_slice(&json).ok());
@@ -105,18 +117,29 @@ pub fn take_outcome(job: &Path, log: &Path, status: u32) -> Result<u32> {
     match outcome {
         Some(Outcome::Pid(pid)) => Ok(pid),
         Some(Outcome::Invalid(text)) => Err(Error::InvalidArgument(text)),
-        Some(Outcome::Failed(text)) => Err(Error::other(text, log_tail(log))),
+        Some(Outcome::Failed(text)) => Err(Error::other(text, reasons(&log))),
         None => Err(Error::other(
             format!("the helper ended with status {status} and no answer"),
-            log_tail(log),
+            last_lines(&log),
         )),
     }
 }
 
-/// The last lines of a log, on one line.
-fn log_tail(log: &Path) -> String {
-    let text = std::fs::read_to_string(log).unwrap_or_default();
-    let lines: Vec<&str> = text.lines().collect();
+/// What a log calls errors, the first of which is the cause: libcontainer's own texts lose it.
+fn reasons(log: &str) -> String {
+    let errors: Vec<&str> = log
+        .lines()
+        .filter_map(|line| line.split_once(ERROR_MARK).map(|(_, text)| text))
+        .collect();
+    if errors.is_empty() {
+        "no reason is known".into()
+    } else {
+        errors[..errors.len().min(2)].join("; ")
+    }
+}
+
+fn last_lines(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
     lines[lines.len().saturating_sub(6)..].join(" | ")
 }
 
@@ -139,23 +162,37 @@ mod tests {
     #[test]
     fn a_helper_without_an_answer_is_an_error_with_its_log() {
         let folder = tempfile::tempdir().unwrap();
-        let (job, log) = (folder.path().join("a.job"), folder.path().join("log"));
-        std::fs::write(&log, "one\ntwo\n").unwrap();
-        let error = take_outcome(&job, &log, 134).unwrap_err();
+        let job = folder.path().join("a.job");
+        std::fs::write(log_file(&job), "one\ntwo\n").unwrap();
+        let error = take_outcome(&job, 134).unwrap_err();
         assert!(error.chain().contains("134"), "{}", error.chain());
         assert!(error.chain().ends_with("one | two"), "{}", error.chain());
 
         std::fs::write(outcome_file(&job), b"\xff{").unwrap();
-        assert!(take_outcome(&job, &log, 0).is_err());
+        assert!(take_outcome(&job, 0).is_err());
+    }
+
+    #[test]
+    fn what_failed_is_told_without_the_helpers_debug_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let job = folder.path().join("a.job");
+        let log =
+            "[1.0] helper: creating\n[1.1] helper: error: no such device\n[1.2] helper: done\n";
+        std::fs::write(log_file(&job), log).unwrap();
+        let json = serde_json::to_vec(&Outcome::Failed("exec".into())).unwrap();
+        std::fs::write(outcome_file(&job), json).unwrap();
+        let error = take_outcome(&job, 0).unwrap_err();
+        assert_eq!(error.chain(), "exec: no such device");
+        assert!(!log_file(&job).exists());
     }
 
     #[test]
     fn an_answer_is_taken_once() {
         let folder = tempfile::tempdir().unwrap();
-        let (job, log) = (folder.path().join("a.job"), folder.path().join("log"));
+        let job = folder.path().join("a.job");
         let json = serde_json::to_vec(&Outcome::Pid(7)).unwrap();
         std::fs::write(outcome_file(&job), json).unwrap();
-        assert_eq!(take_outcome(&job, &log, 0).unwrap(), 7);
-        assert!(take_outcome(&job, &log, 0).is_err());
+        assert_eq!(take_outcome(&job, 0).unwrap(), 7);
+        assert!(take_outcome(&job, 0).is_err());
     }
 }

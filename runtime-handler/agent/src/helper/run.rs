@@ -11,7 +11,7 @@ pub use libcontainer::notify_socket::NOTIFY_FILE;
 use libcontainer::syscall::syscall::SyscallType;
 
 use super::executor::GuestExecutor;
-use super::{Job, LIBCONTAINER, LOG, Outcome, outcome_file};
+use super::{Job, LIBCONTAINER, Outcome, log_file, outcome_file};
 use crate::logger;
 
 /// Does the job in `file` and writes the answer beside it.
@@ -20,7 +20,7 @@ use crate::logger;
 /// The answer could not be written.
 pub fn run(file: &Path) -> Result<()> {
     let outcome = read(file).and_then(|job| {
-        log_into(&job)?;
+        log_into(&job, &log_file(file))?;
         perform(&job)
     });
     let outcome = outcome.unwrap_or_else(|error| Outcome::Failed(error.chain()));
@@ -34,12 +34,11 @@ fn read(file: &Path) -> Result<Job> {
     serde_json::from_slice(&json).context(|| format!("decode {}", file.display()))
 }
 
-fn log_into(job: &Job) -> Result<()> {
-    let path = job.bundle.join(LOG);
+fn log_into(job: &Job, path: &Path) -> Result<()> {
     let file = File::options()
         .create(true)
         .append(true)
-        .open(&path)
+        .open(path)
         .context(|| format!("open {}", path.display()))?;
     logger::to_file(file, job.log.parse().unwrap_or(log::LevelFilter::Warn));
     Ok(())
@@ -69,6 +68,7 @@ fn perform(job: &Job) -> Result<Outcome> {
             .as_tenant()
             .with_detach(true)
             .with_process(Some(process))
+            .with_sub_cgroup(job.sub_cgroup.clone())
             .build()
             .map(Some),
     };

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use dyad_agent_api::proto::agent::create_options::Pids;
 use dyad_agent_api::proto::agent::{BlockDevice, CreateOptions};
 use dyad_agent_api::protobuf::Message;
 use dyad_agent_api::task_api::api::{CreateTaskRequest, ExecProcessRequest};
@@ -34,7 +35,7 @@ use crate::helper::{self, Filter, Job};
 use crate::rootfs::Rootfs;
 use crate::rpc::blocking;
 use crate::spec::{self, Device, Facts, Place};
-use crate::{disk, files};
+use crate::{disk, files, modprobe, pause};
 
 /// Name of [`CreateOptions`] in an Any.
 const OPTIONS_TYPE: &str = "dyad.agent.v1.CreateOptions";
@@ -68,6 +69,7 @@ pub struct Exec {
     /// The process.
     pub process: Arc<Process>,
     oci: OciProcess,
+    find_home: bool,
 }
 
 /// What Create makes before there is a container, to be undone if it fails.
@@ -248,7 +250,7 @@ impl Container {
     pub fn add_exec(&self, agent: &Agent, request: &ExecProcessRequest) -> Result<()> {
         spec::check_id(&request.exec_id)?;
         let mut oci = spec::parse_process(&request.spec.value)?;
-        spec::adapt_process(&mut oci, request.terminal)?;
+        let find_home = spec::adapt_process(&mut oci, request.terminal)?;
         let wanted = Wanted {
             stdin: !request.stdin.is_empty(),
             stdout: !request.stdout.is_empty(),
@@ -263,7 +265,12 @@ impl Container {
             None => {}
         }
         let process = Arc::new(Process::new(id, wanted, agent.link()?));
-        execs.insert(request.exec_id.clone(), Arc::new(Exec { process, oci }));
+        let exec = Exec {
+            process,
+            oci,
+            find_home,
+        };
+        execs.insert(request.exec_id.clone(), Arc::new(exec));
         Ok(())
     }
 
@@ -297,7 +304,8 @@ impl Container {
             )));
         }
         let mut oci = exec.oci.clone();
-        let filter = self.filter(&mut oci);
+        let capabilities = oci.capabilities().clone().unwrap_or_default();
+        oci.set_capabilities(None);
         let file = self.bundle.join(format!("{exec_id}.process"));
         write_json(&file, &oci)?;
         let job = Job {
@@ -305,7 +313,10 @@ impl Container {
             bundle: self.bundle.clone(),
             process: Some(file.clone()),
             console_socket: None,
-            filter,
+            filter: filter(&self.bundle, self.filter_flags),
+            capabilities,
+            find_home: exec.find_home,
+            sub_cgroup: self.cgroup_of_init(),
             log: log::max_level().to_string(),
         };
         let uid = oci.user().uid();
@@ -322,11 +333,10 @@ impl Container {
         Ok(pid)
     }
 
-    /// The filter for a process of this container. Where new privileges may be gained
-    /// it can be loaded only with CAP_SYS_ADMIN: then the capabilities move from the
-    /// process, so that libcontainer leaves them, to after the load.
-    fn filter(&self, process: &mut OciProcess) -> Option<Filter> {
-        filter_for(&self.bundle, self.filter_flags, process)
+    /// Where below the container's cgroup its init is, if it has moved there (systemd, dockerd).
+    fn cgroup_of_init(&self) -> Option<String> {
+        let text = fs::read_to_string(format!("/proc/{}/cgroup", self.init.pid()?)).ok()?;
+        cgroup_below(&text, &cgroup::spec_path(&self.id))
     }
 
     /// Forgets an exec that ended or never ran. `None`: it never ran.
@@ -508,12 +518,27 @@ impl Draft {
         // Also what tells the host of a panic and hears the power button: what runs can be
         // shut down.
         agent.modules_loaded().await;
+        let driven = spec::driven_devices(&spec);
+        let administers = spec::may_administer_network(&spec);
+        if administers || !driven.is_empty() {
+            agent.modules_on_demand().await;
+            blocking(move || {
+                if administers {
+                    modprobe::serve_iptables();
+                }
+                let mut driven = driven.into_iter();
+                driven.try_for_each(|(device, minor)| modprobe::drive(&device, minor))
+            })
+            .await?;
+        }
         let devices = find_devices(&options.devices).await?;
+        let pids = find_pids(agent, options.pids.as_ref()).await?;
         let place = Place {
             rootfs: &self.rootfs.target,
             cgroup: &cgroup::spec_path(&self.id),
             terminal: request.terminal,
             devices: &devices,
+            pids: pids.as_deref(),
         };
         let (mut spec, facts) = spec::adapt(spec, &place)?;
         if options.readonly_root
@@ -525,10 +550,11 @@ impl Draft {
         let image = agent.images.acquire(&options.root_disk_serial).await?;
         self.image = Some(options.root_disk_serial.clone());
         let filter_flags = (!options.seccomp_filter.is_empty()).then_some(options.seccomp_flags);
-        let filter = spec
-            .process_mut()
-            .as_mut()
-            .and_then(|process| filter_for(&self.bundle, filter_flags, process));
+        let mut capabilities = None;
+        if let Some(process) = spec.process_mut() {
+            capabilities = process.capabilities().clone();
+            process.set_capabilities(None);
+        }
         self.lay_out(&image, &spec, &facts, options.seccomp_filter)
             .await?;
         cgroup::create(&self.id)?;
@@ -551,7 +577,10 @@ impl Draft {
             bundle: self.bundle.clone(),
             process: None,
             console_socket: None,
-            filter,
+            filter: filter(&self.bundle, filter_flags),
+            capabilities: capabilities.unwrap_or_default(),
+            find_home: facts.find_home,
+            sub_cgroup: None,
             log: log::max_level().to_string(),
         };
         let (pid, waiter) = init.launch(&agent.reaper, job, facts.uid).await?;
@@ -670,20 +699,39 @@ async fn find_devices(wanted: &[BlockDevice]) -> Result<Vec<Device>> {
     Ok(devices)
 }
 
-fn filter_for(bundle: &Path, flags: Option<u32>, process: &mut OciProcess) -> Option<Filter> {
-    let flags = flags?;
-    let capabilities_after = if process.no_new_privileges() == Some(true) {
-        None
-    } else {
-        let capabilities = process.capabilities().clone();
-        process.set_capabilities(None);
-        capabilities
-    };
+/// The PID namespace that a container is to join.
+async fn find_pids(agent: &Agent, wanted: Option<&Pids>) -> Result<Option<PathBuf>> {
+    match wanted {
+        None | Some(Pids::PodPids(false)) => Ok(None),
+        Some(Pids::PodPids(true)) => agent.pod_pids.namespace(&agent.reaper).await.map(Some),
+        Some(Pids::TargetPids(id)) => {
+            let target = agent.containers.get(id)?;
+            let pid = target.init().pid().ok_or_else(|| {
+                Error::FailedPrecondition(format!(
+                    "container {id}, whose processes are to be seen, has ended"
+                ))
+            })?;
+            Ok(Some(pause::namespace_of(pid)))
+        }
+        Some(_) => Err(Error::InvalidArgument(
+            "pids: this agent does not know that PID namespace".into(),
+        )),
+    }
+}
+
+fn filter(bundle: &Path, flags: Option<u32>) -> Option<Filter> {
     Some(Filter {
         file: bundle.join(helper::FILTER),
-        flags,
-        capabilities_after,
+        flags: flags?,
     })
+}
+
+/// From `/proc/PID/cgroup`, the group's path below `parent`; `None` in `parent` itself and
+/// elsewhere.
+fn cgroup_below(text: &str, parent: &Path) -> Option<String> {
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let below = Path::new(path).strip_prefix(parent).ok()?.to_str()?;
+    (!below.is_empty()).then(|| below.to_owned())
 }
 
 /// An emptyDir on the pod's disk is made by the first container that mounts it.
@@ -750,4 +798,22 @@ fn stopped(process: &Process, exit: Exit) -> Phase {
 
 fn already_finished(process: &Process) -> Error {
     Error::NotFound(format!("{}: process already finished", process.id()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exec_goes_where_the_init_has_gone_inside_of_the_containers_group() {
+        let below = |text| cgroup_below(text, Path::new("/pod/c"));
+        assert_eq!(below("0::/pod/c\n"), None);
+        assert_eq!(
+            below("0::/pod/c/init.scope\n").as_deref(),
+            Some("init.scope")
+        );
+        assert_eq!(below("0::/pod/c/a/b\n").as_deref(), Some("a/b"));
+        assert_eq!(below("0::/pod/cc/a\n"), None);
+        assert_eq!(below(""), None);
+    }
 }

@@ -274,6 +274,7 @@ impl Task for TaskService {
         let pid = detached(async move {
             let container = agent.containers.get(&request.id)?;
             if request.exec_id.is_empty() {
+                agent.modules_on_demand().await;
                 container.start().await
             } else {
                 container.start_exec(&agent, &request.exec_id).await

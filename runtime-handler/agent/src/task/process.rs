@@ -268,7 +268,7 @@ impl Process {
         // Our copies of the process's ends would keep its pipes open.
         drop(command);
         let ended = helper.exit.wait().await;
-        let pid = helper::take_outcome(&file, &job.bundle.join(helper::LOG), ended.status);
+        let pid = helper::take_outcome(&file, ended.status);
         let _ = std::fs::remove_file(&file);
         let pid = pid?;
         let waiter = expectation.claim(pid);

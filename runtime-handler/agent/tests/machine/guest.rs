@@ -212,6 +212,15 @@ impl Machine {
             "-device",
             &format!("scsi-hd,drive=image,serial={IMAGE_SERIAL}"),
         ])
+        .args([
+            "-drive",
+            &format!(
+                "file={},if=none,id=modules,format=raw,readonly=on",
+                guest.join("modules.erofs").display()
+            ),
+            "-device",
+            "scsi-hd,drive=modules,serial=modules-of-tests,scsi-id=1,lun=0",
+        ])
         .args(["-drive", &drive("pod", "pod.ext4", ",cache=unsafe")])
         .args([
             "-device",

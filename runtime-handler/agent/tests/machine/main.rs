@@ -10,6 +10,8 @@
 //! those about the machine's end share one machine.
 
 mod guest;
+mod modules;
+mod processes;
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

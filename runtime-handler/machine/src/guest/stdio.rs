@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 /// What one read of stdin takes at most.
-const READ_BYTES: usize = 4096;
+const READ_BYTES: usize = 32 << 10;
 
 /// The running streams of one process. Dropping it ends them at once.
 #[derive(Debug, Default)]

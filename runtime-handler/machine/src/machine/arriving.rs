@@ -16,7 +16,7 @@ use super::images::connect;
 use super::state::{Arriving, Input, Role};
 use super::{Machine, lock};
 use crate::container::Container;
-use crate::domain::{AgentChannel, ImageDisk};
+use crate::domain::{AgentChannel, DomainPlan, ImageDisk};
 use crate::events::{Change, Observed};
 use crate::guest::Agent;
 use crate::libvirt::{self, Of};
@@ -60,7 +60,7 @@ impl Machine {
         true
     }
 
-    fn first_offer(&self, kernel: PathBuf, initramfs: PathBuf, title: String) -> Offer {
+    fn first_offer(&self, plan: DomainPlan) -> Offer {
         let (agent_socket, vsock_cid) = match &self.channel {
             AgentChannel::VirtioSerial { socket } => (socket.clone(), 0),
             AgentChannel::Vsock { cid } => (PathBuf::new(), *cid),
@@ -69,7 +69,7 @@ impl Machine {
         Offer {
             version: offer::VERSION,
             release: env!("CARGO_PKG_VERSION").into(),
-            title,
+            title: plan.title,
             kubernetes_namespace: self.kubernetes_namespace.clone(),
             sandbox_id: self.record.sandbox_id.clone(),
             containerd_namespace: self.record.containerd_namespace.clone(),
@@ -77,8 +77,9 @@ impl Machine {
             partition: lock(&self.plan).partition.clone(),
             vcpus: self.info().vcpus,
             memory_mib: self.info().memory_bytes >> 20,
-            kernel,
-            initramfs,
+            kernel: plan.kernel,
+            initramfs: plan.initramfs,
+            modules: plan.modules.map(|disk| (disk.serial, disk.file)),
             disk_bytes: std::fs::metadata(&disk).map_or(0, |disk| disk.len()),
             free_bytes: nix::sys::statvfs::statvfs(&self.folder.dir)
                 .map_or(0, |fs| fs.blocks_available() * fs.fragment_size()),
@@ -104,7 +105,7 @@ impl Machine {
     /// libvirt refused.
     pub(super) async fn offer_itself(&self) -> Result<()> {
         let plan = lock(&self.plan).clone();
-        let offer = self.first_offer(plan.kernel, plan.initramfs, plan.title);
+        let offer = self.first_offer(plan);
         *lock(&self.offer) = Some(offer.clone());
         self.publish(&offer).await
     }
@@ -163,6 +164,22 @@ impl Machine {
     /// A container by its Kubernetes name, for who moves or arrives.
     pub fn name_container(&self, name: &str, container: &Arc<Container>) {
         lock(&self.containers).insert(name.to_owned(), Arc::downgrade(container));
+    }
+
+    /// The container that containerd knows by this process id.
+    pub fn container_told_as(&self, pid: u32) -> Option<String> {
+        self.named_containers()
+            .into_iter()
+            .find(|(_, container)| container.told_pid() == pid)
+            .map(|(_, container)| container.id().to_owned())
+    }
+
+    /// The guest's id for one of the pod's containers.
+    pub fn guest_id_of(&self, id: &str) -> Option<String> {
+        self.named_containers()
+            .into_iter()
+            .find(|(_, container)| container.id() == id)
+            .map(|(_, container)| container.guest_id())
     }
 
     /// The pod's containers that are there and have not ended.

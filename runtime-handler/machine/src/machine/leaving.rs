@@ -158,6 +158,10 @@ impl Machine {
                 .iter()
                 .map(|interface| interface.mtu)
                 .collect(),
+            modules: lock(&self.plan)
+                .modules
+                .as_ref()
+                .map(|disk| disk.serial.clone()),
             containers,
         })
     }
@@ -267,6 +271,7 @@ impl Machine {
             }
         }
         let plan = lock(&self.plan).clone();
+        images.extend(ready.offer.modules.clone());
         let record = Record {
             version: offer::VERSION,
             containers: self

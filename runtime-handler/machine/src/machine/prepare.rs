@@ -23,7 +23,7 @@ use crate::size::{self, Reached};
 use crate::spec::SandboxSpec;
 use crate::storage::apply::{self as storage, QemuUser};
 use crate::storage::cache;
-use crate::{Paths, accelerator, cgroup, host};
+use crate::{Paths, accelerator, cgroup, host, modules};
 
 /// A unix socket's address holds no more.
 const SOCKET_PATH_MAX: usize = 107;
@@ -125,6 +125,7 @@ pub(super) async fn prepare(site: &Site, spec: &ContainerSpec) -> Result<Prepare
     }
 
     let channel = choose_channel(config.channel, folder, pod)?;
+    let modules = modules::disk(config)?;
     let partition = sandbox.cgroups_path.as_deref();
     let partition = partition.and_then(|path| cgroup::partition(path, wanted.cpu_shares));
     let plan = DomainPlan {
@@ -134,6 +135,7 @@ pub(super) async fn prepare(site: &Site, spec: &ContainerSpec) -> Result<Prepare
         containerd_namespace: record.containerd_namespace.clone(),
         accelerator,
         partition,
+        modules,
         size: wanted.size,
         reached: Reached::at_boot(&wanted.size),
         kernel: config.kernel.clone(),

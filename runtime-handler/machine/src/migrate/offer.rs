@@ -52,6 +52,8 @@ pub struct Offer {
     pub kernel: PathBuf,
     /// Its initramfs.
     pub initramfs: PathBuf,
+    /// The guest kernel's modules: their disk's serial and file.
+    pub modules: Option<(String, PathBuf)>,
     /// The pod's disk: empty, of the right size.
     pub disk: PathBuf,
     /// Its virtual size.
@@ -220,6 +222,8 @@ pub struct Wanted {
     pub disk_used_bytes: u64,
     /// MTU of each interface.
     pub mtus: Vec<u32>,
+    /// Serial of the disk with its kernel's modules.
+    pub modules: Option<String>,
     /// Containers that run: name, and their image's digest.
     pub containers: BTreeMap<String, String>,
 }
@@ -250,6 +254,15 @@ pub fn fits(wanted: &Wanted, offer: &Offer) -> Result<()> {
             "the target runs machines by {:?}, this node by {:?}: a running machine cannot change \
              that; set `accelerator` on both nodes",
             offer.accelerator, wanted.accelerator
+        ));
+    }
+    if let Some(modules) = &wanted.modules
+        && offer.modules.as_ref().map(|(serial, _)| serial) != Some(modules)
+    {
+        return refuse(format!(
+            "the guest's kernel modules ({modules}) are others on the target ({}): give both nodes \
+             the same output of hack/guest",
+            offer.modules.as_ref().map_or("none", |(serial, _)| serial)
         ));
     }
     if offer.memory_mib < wanted.memory_mib || offer.vcpus < wanted.vcpus {
@@ -339,6 +352,7 @@ pub(super) fn tests_offer() -> Offer {
         memory_mib: 256,
         kernel: "/k".into(),
         initramfs: "/i".into(),
+        modules: Some(("modules-1".into(), "/x".into())),
         disk: "/d".into(),
         disk_bytes: 10 << 30,
         free_bytes: 1 << 40,
@@ -375,6 +389,7 @@ mod tests {
             disk_bytes: 10 << 30,
             disk_used_bytes: 1 << 20,
             mtus: vec![1450],
+            modules: Some("modules-1".into()),
             containers: BTreeMap::from([("web".to_owned(), "aaaa".to_owned())]),
         }
     }
