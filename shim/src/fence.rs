@@ -81,18 +81,34 @@ impl Tombstones {
         }
     }
 
-    /// The tombstone of this sandbox, or of another one of the same Kubernetes pod.
-    /// One that cannot be read does not count, and is reported.
+    /// The tombstone of this sandbox, or of another one of the same Kubernetes pod. One that
+    /// cannot be read is reported, and holds the sandbox that its file is named after: it was put
+    /// up for a reason. It says nothing of other pods.
     pub fn find(
         &self,
         containerd_namespace: &str,
         sandbox_id: &str,
         pod_uid: &str,
     ) -> Option<Tombstone> {
-        self.all().into_values().find(|tombstone| {
-            let own = tombstone.containerd_namespace == containerd_namespace
-                && tombstone.sandbox_id == sandbox_id;
-            own || (!pod_uid.is_empty() && tombstone.pod_uid == pod_uid)
+        let path = self.path(containerd_namespace, sandbox_id);
+        let mut all = self.all();
+        if path.exists() && !all.contains_key(&path) {
+            return Some(Tombstone {
+                containerd_namespace: containerd_namespace.to_owned(),
+                sandbox_id: sandbox_id.to_owned(),
+                pod_uid: pod_uid.to_owned(),
+                pod: sandbox_id.to_owned(),
+                destination: format!(
+                    "a node that {}, which is damaged, does not tell",
+                    path.display()
+                ),
+                settled: true,
+                unix_s: 0,
+            });
+        }
+        all.remove(&path).or_else(|| {
+            all.into_values()
+                .find(|tombstone| !pod_uid.is_empty() && tombstone.pod_uid == pod_uid)
         })
     }
 
@@ -191,5 +207,22 @@ mod tests {
         fence.prune(now);
         assert_eq!(fence.find("k8s.io", "old", "u1"), None);
         assert!(fence.find("k8s.io", "new", "u2").is_some());
+    }
+
+    #[test]
+    fn a_damaged_tombstone_holds_its_own_sandbox_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let fence = Tombstones::new(dir.path());
+        fence.put(&tombstone("s1", "u1", 1)).unwrap();
+        for damaged in ["", "{", "[]", "{\"sandbox_id\": 7}"] {
+            std::fs::write(dir.path().join("migrated/k8s.io.s1.json"), damaged).unwrap();
+            fence.prune(SystemTime::now());
+            let held = fence.find("k8s.io", "s1", "u1").expect("it holds its own");
+            assert!(held.destination.contains("k8s.io.s1.json"), "{held:?}");
+            assert_eq!(fence.find("k8s.io", "s2", "u1"), None);
+            assert_eq!(fence.find("other", "s1", "u1"), None);
+        }
+        fence.remove("k8s.io", "s1").unwrap();
+        assert_eq!(fence.find("k8s.io", "s1", "u1"), None);
     }
 }

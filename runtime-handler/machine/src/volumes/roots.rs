@@ -8,7 +8,7 @@
 //! <containerd>/io.containerd.grpc.v1.cri/sandboxes/<sandbox>/{hosts,hostname,resolv.conf,shm}
 //!                                       /containers/<container>/volumes/<id>   VOLUME of the image
 //!                                       /image-volumes/<sandbox>/<digest>[/<sub path>]
-//! <state_dir>/<namespace>/<sandbox>/pod-files/{hosts,hostname,resolv.conf}
+//! <state_dir>/<namespace>/<sandbox>/pod-files/{hosts,hostname,resolv.conf,shm}
 //! ```
 //! A word in a path proves nothing: a path is theirs by the root that the configuration
 //! names and by this pod's own ids below it. Where no root is configured the ids do, which
@@ -148,12 +148,11 @@ fn of_containerd(roots: &Roots, ids: &Ids, source: &Path) -> Option<Role> {
 fn of_ours(roots: &Roots, ids: &Ids, source: &Path) -> Option<Role> {
     let (_, rest) = below(Some(&roots.own_state), source, &[])?;
     match rest[..] {
-        [
-            _,
-            sandbox,
-            "pod-files",
-            "hosts" | "hostname" | "resolv.conf",
-        ] if sandbox == ids.sandbox => Some(Role::Identity),
+        [_, sandbox, "pod-files", name] if sandbox == ids.sandbox => match name {
+            "hosts" | "hostname" | "resolv.conf" => Some(Role::Identity),
+            "shm" => Some(Role::SharedMemory),
+            _ => None,
+        },
         _ => None,
     }
 }
@@ -251,6 +250,10 @@ mod tests {
                 ),
             ),
             ("/run/dyad/k8s.io/s1/pod-files/hosts".into(), Role::Identity),
+            (
+                "/run/dyad/k8s.io/s1/pod-files/shm".into(),
+                Role::SharedMemory,
+            ),
         ];
         let both = ["/var/lib/k3s", "/run/k3s/containerd"];
         for roots in [

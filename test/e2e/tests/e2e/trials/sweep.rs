@@ -23,9 +23,9 @@ pub const CASES: &[Case] = &[
         .alone(),
 ];
 
-/// QEMU, whose pid is the container's.
-fn qemu_of(context: &Context<'_>, container: &str) -> Result<Pid> {
-    let pid = context.crictl.inspect(container)?["info"]["pid"].as_i64();
+/// QEMU, whose pid is the pod's.
+fn qemu_of(pod: &Pod<'_>) -> Result<Pid> {
+    let pid = pod.status()?.all["info"]["pid"].as_i64();
     Ok(Pid::from_raw(i32::try_from(pid.context("no pid")?)?))
 }
 
@@ -47,7 +47,7 @@ fn a_dead_shims_machine_is_ended_though_libvirtd_hangs(context: &Context<'_>) ->
     let before = warm(context)?;
     let pod = context.pod()?;
     let container = pod.idle()?;
-    let qemu = qemu_of(context, &container.id)?;
+    let qemu = qemu_of(&pod)?;
     let libvirtd = context.env.daemon("libvirtd")?;
 
     kill(libvirtd, Signal::SIGSTOP)?;
@@ -112,7 +112,7 @@ fn sweep(context: &Context<'_>) -> Result<String> {
 fn what_a_power_cut_leaves_is_swept_and_what_runs_is_not(context: &Context<'_>) -> Result<()> {
     let before = warm(context)?;
     let (lost, lives) = (context.pod()?, context.pod()?);
-    let in_lost = lost.idle()?;
+    lost.idle()?;
     let in_lives = lives.idle()?;
     let domain = context.env.domain_of(lost.name())?;
     let folder = context
@@ -120,7 +120,7 @@ fn what_a_power_cut_leaves_is_swept_and_what_runs_is_not(context: &Context<'_>) 
         .dir
         .join("dyad/lib/machines")
         .join(domain.trim_start_matches("dyad-"));
-    cut_power(context, &lost, qemu_of(context, &in_lost.id)?)?;
+    cut_power(context, &lost, qemu_of(&lost)?)?;
     if !folder.join("disk.img").exists() {
         bail!("{} went with the power", folder.display());
     }
