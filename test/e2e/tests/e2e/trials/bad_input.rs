@@ -36,9 +36,6 @@ pub const CASES: &[Case] = &[
     case!(host_pid_is_refused_for_a_machine)
         .on(MACHINES)
         .alone(),
-    case!(a_memory_limit_too_small_to_boot_is_named)
-        .on(MACHINES)
-        .alone(),
 ];
 
 /// The pod must be refused with all the words named, and leave nothing.
@@ -175,13 +172,5 @@ fn host_pid_is_refused_for_a_machine(context: &Context<'_>) -> Result<()> {
         context,
         |config| config["linux"]["security_context"] = json!({"namespace_options": {"pid": NODE}}),
         &["hostPID"],
-    )
-}
-
-fn a_memory_limit_too_small_to_boot_is_named(context: &Context<'_>) -> Result<()> {
-    refused(
-        context,
-        |config| config["linux"]["resources"] = json!({"memory_limit_in_bytes": 4 << 20}),
-        &["memory", "4 MiB"],
     )
 }

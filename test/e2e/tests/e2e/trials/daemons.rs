@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
+use super::resources::machine_of;
 use super::{Case, DYAD, EVERY, MACHINES, OURS, case};
 use crate::context::{Context, Handler, Pod, SOON, names, same};
 
@@ -244,23 +245,23 @@ fn a_resized_machine_keeps_its_size_over_libvirtds_restart(context: &Context<'_>
     };
     let at_boot = guest()?;
     resize(context, &container.id, 256)?;
-    told(384)?;
+    told(machine_of(384))?;
     let grown = guest()?;
-    if (at_boot + 128).abs_diff(grown) > 4 {
+    if (at_boot + machine_of(384) - machine_of(256)).abs_diff(grown) > 4 {
         bail!("the guest had {at_boot} MiB, and has {grown} after 128 MiB more");
     }
 
     context.env.kill_and_restart("libvirtd")?;
-    told(384)?;
+    told(machine_of(384))?;
     same("the guest's memory", guest()?, grown)?;
     resize(context, &container.id, 160)?;
-    told(288)?;
+    told(machine_of(288))?;
     let shrunk = guest()?;
-    if (at_boot + 32).abs_diff(shrunk) > 4 {
+    if (at_boot + machine_of(288) - machine_of(256)).abs_diff(shrunk) > 4 {
         bail!("the guest had {at_boot} MiB at boot, and has {shrunk} with 32 MiB more");
     }
     resize(context, &container.id, 320)?;
-    told(448)?;
+    told(machine_of(448))?;
     context.crictl.stop(&container.id, 30)?;
     same("exit code", container.status()?.exit_code, 42)?;
     pod.remove()

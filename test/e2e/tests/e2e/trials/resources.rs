@@ -13,6 +13,7 @@ use crate::context::{Container, Context, SOON, names, refusal, same};
 pub const CASES: &[Case] = &[
     case!(limits_are_seen_in_the_containers_cgroup).short(),
     case!(limits_are_updated_while_it_runs),
+    case!(a_pod_of_32_mib_runs_and_its_container_has_its_limit).on(MACHINES),
     case!(a_running_machine_follows_the_limits_of_its_containers).on(MACHINES),
     case!(a_process_over_its_memory_limit_is_oom_killed).short(),
     case!(stats_tell_cpu_and_memory_of_container_and_pod).short(),
@@ -80,6 +81,26 @@ fn limits_are_updated_while_it_runs(context: &Context<'_>) -> Result<()> {
     )
 }
 
+/// The MiB of a machine that was made for containers of 256 MiB and is to hold `sum` now: what the
+/// guest's kernel takes is on top (a 64th, and 96), and what is added comes in blocks of two.
+pub fn machine_of(sum: u64) -> u64 {
+    let with_kernel = |sum: u64| sum + sum.div_ceil(64) + 96;
+    let (boot, wanted) = (with_kernel(256), with_kernel(sum));
+    boot.min(wanted) + wanted.saturating_sub(boot).next_multiple_of(2)
+}
+
+fn a_pod_of_32_mib_runs_and_its_container_has_its_limit(context: &Context<'_>) -> Result<()> {
+    let limit = json!({"memory_limit_in_bytes": 32 * MIB});
+    let pod = context.pod_with(|config| config["linux"]["resources"] = limit.clone())?;
+    let container = pod.run_with("echo up; sleep 1000", |config| {
+        config["linux"]["resources"] = limit.clone();
+    })?;
+    container.says("up\n")?;
+    // Most of it, in a memory file system.
+    let filled = "head -c 25165824 /dev/zero >/dev/shm/x && wc -c </dev/shm/x";
+    same("bytes", container.output(filled)?.trim(), "25165824")
+}
+
 fn a_running_machine_follows_the_limits_of_its_containers(context: &Context<'_>) -> Result<()> {
     let size = |memory: u64, cpus: u64| json!({"memory_limit_in_bytes": memory * MIB, "cpu_quota": cpus * 100_000, "cpu_period": 100_000});
     let pod = context.pod_with(|config| config["linux"]["resources"] = size(256, 1))?;
@@ -113,8 +134,6 @@ fn a_running_machine_follows_the_limits_of_its_containers(context: &Context<'_>)
     let (_, at_boot) = guest()?;
     let host_cpus = std::thread::available_parallelism()?.get() as u64;
     let two = host_cpus.min(2);
-    // The pod's sum, and what the guest's kernel takes: a 64th of it, and 96.
-    let machine_of = |sum: u64| sum + sum.div_ceil(64) + 96;
     for (memory, cpus, sum) in [
         (384, two, 512),
         (128, 1, 256),
