@@ -342,6 +342,8 @@ fn grows_by_design(path: &Path, dir: &Path) -> bool {
         || text.starts_with("containerd/tmpmounts")
         // The host's boot slots: as many as processors, each made when it is taken first.
         || text.starts_with("dyad/lib/boot")
+        // And of sweeps: there from the first one on.
+        || text.starts_with("dyad/lib/sweep-")
         || (text.starts_with("cni/ipam")
             && (text.contains("last_reserved") || text.ends_with("lock")))
 }

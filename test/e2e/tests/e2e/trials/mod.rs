@@ -14,6 +14,7 @@ mod events;
 mod exec;
 mod files;
 mod guest_files;
+mod guest_processes;
 mod in_place;
 mod kinds;
 mod lifecycle;
@@ -109,6 +110,7 @@ pub fn all() -> Vec<Case> {
         process::CASES,
         files::CASES,
         guest_files::CASES,
+        guest_processes::CASES,
         network::CASES,
         resources::CASES,
         kinds::CASES,
