@@ -50,6 +50,10 @@ impl Driver {
         let launch = &self.pod.launch;
         let SandboxRequest { id, bundle, pod } = request;
         if id != launch.sandbox_id {
+            // A server has one pod, whatever the id that is asked for.
+            if let Some((existing, _)) = self.model.sandbox() {
+                return Err(Error::AlreadyExists(format!("create {id}: pod {existing}")));
+            }
             return Err(Error::InvalidArgument(format!(
                 "sandbox_id: {id:?}; this server was started for {:?}",
                 launch.sandbox_id

@@ -80,15 +80,9 @@ impl Model {
 
     fn may_create(&self, prepared: &Prepared) -> Result<()> {
         let id = &prepared.request.id;
-        // A server has one pod, whatever its id.
-        let is_sandbox = |task: &Task| task.role == Role::Sandbox;
-        let existing = match prepared.bare {
-            Some(_) => self.tasks.iter().find(|(_, task)| is_sandbox(task)),
-            None => self.tasks.get_key_value(id),
-        };
-        if let Some((existing, _)) = existing {
+        if self.tasks.contains_key(id) {
             // Always a refusal.
-            self.decide(existing, Request::Create)?;
+            self.decide(id, Request::Create)?;
         }
         if let Some(tombstone) = &prepared.fenced {
             return Err(Error::FailedPrecondition(format!(

@@ -358,7 +358,7 @@ impl Model {
     }
 
     /// The pod itself.
-    fn sandbox(&self) -> Option<(&String, &Task)> {
+    pub(crate) fn sandbox(&self) -> Option<(&String, &Task)> {
         self.tasks
             .iter()
             .find(|(_, task)| task.role == Role::Sandbox)
