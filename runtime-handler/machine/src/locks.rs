@@ -1,14 +1,13 @@
 //! Locks that all shims of the host share: files that only root opens, so that nobody else can
 //! hold up a machine, and waits that end.
 
-use std::fs::{DirBuilder, File, OpenOptions, Permissions};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::fs::{DirBuilder, Permissions};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 
+use dyad_linux::owner::Owner;
 use dyad_runtime_handler::error::{Context, Error, Result};
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use tokio::time::{Instant, sleep};
 
 /// Their folder in the cache directory.
@@ -16,21 +15,18 @@ pub const DIR: &str = "boot";
 /// Between two looks: flock(2) has no wait that ends.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
-/// Held until dropped, and let go by the kernel where its process dies.
-pub type Lock = Flock<File>;
-
 /// Takes the first free one of the locks named `names` in `dir`, which is made where it is
 /// missing, for root alone.
 ///
 /// # Errors
 /// `DeadlineExceeded` after `bound`; or a file cannot be made.
-pub async fn take(dir: &Path, names: &[String], bound: Duration) -> Result<Lock> {
+pub async fn take(dir: &Path, names: &[String], bound: Duration) -> Result<Owner> {
     private_dir(dir).context(|| format!("make {}", dir.display()))?;
     let deadline = Instant::now() + bound;
     loop {
         for name in names {
             let path = dir.join(name);
-            if let Some(lock) = try_lock(&path).context(|| format!("lock {}", path.display()))? {
+            if let Some(lock) = Owner::take(&path).context(|| format!("lock {}", path.display()))? {
                 return Ok(lock);
             }
         }
@@ -49,21 +45,6 @@ fn private_dir(dir: &Path) -> std::io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     // It may be from a release that left it open to all.
     std::fs::set_permissions(dir, Permissions::from_mode(0o700))
-}
-
-fn try_lock(path: &Path) -> std::io::Result<Option<Lock>> {
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(Some(lock)),
-        Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) => Ok(None),
-        Err((_, errno)) => Err(errno.into()),
-    }
 }
 
 #[cfg(test)]

@@ -6,9 +6,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use dyad_linux::owner::Owner;
 use dyad_runtime_handler::error::{Context, Result};
 
-use crate::locks::{self, Lock};
+use crate::locks;
 
 /// Many pods of one node may start at once; kubelet gives up before this.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -16,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// The right to boot; let go when dropped.
 #[derive(Debug)]
 pub struct Slot {
-    _lock: Lock,
+    _lock: Owner,
 }
 
 /// Waits for one of `count` slots in `dir`, ten minutes at most.

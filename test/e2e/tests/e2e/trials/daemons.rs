@@ -268,7 +268,7 @@ fn a_resized_machine_keeps_its_size_over_libvirtds_restart(context: &Context<'_>
 }
 
 /// The host as it is once a pod has been there.
-fn warm(context: &Context<'_>) -> Result<Snapshot> {
+pub fn warm(context: &Context<'_>) -> Result<Snapshot> {
     let warm = context.pod()?;
     warm.output_of("true")?;
     warm.remove()?;
@@ -282,7 +282,7 @@ fn process_of(context: &Context<'_>, container: &str) -> Result<Pid> {
     Ok(Pid::from_raw(i32::try_from(process)?))
 }
 
-fn gone(what: &str, pid: Pid) -> Result<()> {
+pub fn gone(what: &str, pid: Pid) -> Result<()> {
     until(SOON, &format!("{what} to be gone"), || {
         Ok((!runs(pid)).then_some(()))
     })

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use dyad_e2e::command;
-use dyad_e2e::env::{Build, runs};
-use dyad_e2e::host::{Snapshot, shim_of};
+use dyad_e2e::env::Build;
+use dyad_e2e::host::shim_of;
 use dyad_e2e::wait::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::daemons::{gone, warm};
 use super::{Case, case};
 use crate::context::{Context, Handler, Pod, SOON, names};
 
@@ -27,20 +28,6 @@ pub const CASES: &[Case] = &[
 fn qemu_of(pod: &Pod<'_>) -> Result<Pid> {
     let pid = pod.status()?.all["info"]["pid"].as_i64();
     Ok(Pid::from_raw(i32::try_from(pid.context("no pid")?)?))
-}
-
-fn gone(what: &str, pid: Pid) -> Result<()> {
-    until(SOON, &format!("{what} to be gone"), || {
-        Ok((!runs(pid)).then_some(()))
-    })
-}
-
-/// The host as it is once a pod has been there.
-fn warm(context: &Context<'_>) -> Result<Snapshot> {
-    let warm = context.pod()?;
-    warm.output_of("true")?;
-    warm.remove()?;
-    Ok(Snapshot::take(&context.env.dir))
 }
 
 fn a_dead_shims_machine_is_ended_though_libvirtd_hangs(context: &Context<'_>) -> Result<()> {
