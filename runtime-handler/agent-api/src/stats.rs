@@ -1,19 +1,23 @@
-//! The contract's [`Stats`] on the link: containerd's cgroup v2 metrics, of which only what
-//! the host reads is filled.
+//! The contract's [`Stats`] as containerd's cgroup v2 metrics: what the guest answers to the
+//! shim, and the shim to containerd.
 
-use dyad_runtime_handler::stats::{self, CpuStats, Hierarchy, IoStats, MemoryStats, Stats};
+use dyad_runtime_handler::stats::{
+    self, CpuStats, Hierarchy, IoStats, MemoryStats, Pressure, Stall, Stats,
+};
 use protobuf::{Message as _, MessageField};
 
 use crate::task_api::cgroups_v2::metrics::{
-    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats, PidsStat,
 };
 
-/// What a guest answers.
+/// The metrics; those that the contract does not have are not filled.
 pub fn encode(stats: &Stats) -> Metrics {
     let usec = |ns: u64| ns / 1000;
+    let psi = |pressure: Option<Pressure>| MessageField(pressure.map(psi_stats).map(Box::new));
     let (cpu, memory, pids) = (&stats.cpu, &stats.memory, &stats.pids);
     Metrics {
         cpu: MessageField::some(CPUStat {
+            psi: psi(cpu.pressure),
             usage_usec: usec(cpu.usage_ns),
             user_usec: usec(cpu.user_ns),
             system_usec: usec(cpu.system_ns),
@@ -23,6 +27,7 @@ pub fn encode(stats: &Stats) -> Metrics {
             ..Default::default()
         }),
         memory: MessageField::some(MemoryStat {
+            psi: psi(memory.pressure),
             usage: memory.usage,
             usage_limit: memory.limit,
             max_usage: memory.peak,
@@ -34,7 +39,7 @@ pub fn encode(stats: &Stats) -> Metrics {
             active_file: memory.active_file,
             inactive_anon: memory.inactive_anon,
             active_anon: memory.active_anon,
-            // Its stacks are in the same figure: only the sum is read.
+            // The kernel's stacks are in this figure: apart nobody adds the two up wrongly.
             slab: memory.kernel,
             pgfault: memory.pgfault,
             pgmajfault: memory.pgmajfault,
@@ -51,6 +56,7 @@ pub fn encode(stats: &Stats) -> Metrics {
             ..Default::default()
         }),
         io: MessageField::some(IOStat {
+            psi: psi(stats.io_pressure),
             usage: stats
                 .io
                 .iter()
@@ -70,6 +76,22 @@ pub fn encode(stats: &Stats) -> Metrics {
     }
 }
 
+fn psi_stats(pressure: Pressure) -> PSIStats {
+    let share = |hundredths: u32| f64::from(hundredths) / 100.0;
+    let data = |stall: Stall| PSIData {
+        avg10: share(stall.avg10),
+        avg60: share(stall.avg60),
+        avg300: share(stall.avg300),
+        total: stall.total_us,
+        ..Default::default()
+    };
+    PSIStats {
+        some: MessageField::some(data(pressure.some)),
+        full: MessageField::some(data(pressure.full)),
+        ..Default::default()
+    }
+}
+
 /// What a guest answered.
 ///
 /// # Errors
@@ -82,7 +104,7 @@ pub fn decode(metrics: &[u8]) -> protobuf::Result<Stats> {
     Ok(Stats {
         hierarchy: Hierarchy::V2,
         cpu: CpuStats {
-            // The agent does not read it.
+            // Of a guest nobody asks it yet.
             pressure: None,
             usage_ns: ns(cpu.usage_usec),
             user_ns: ns(cpu.user_usec),

@@ -7,12 +7,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, CreateTaskRequest, ExecProcessRequest, Status,
 };
+use containerd_shim_protos::cgroups;
 use containerd_shim_protos::shim::oci::CheckpointOptions;
-use containerd_shim_protos::{cgroups, cgroups_v2};
 use dyad_runtime_handler::error::Context as _;
 use dyad_runtime_handler::handler::ProcessId;
 use dyad_runtime_handler::spec::{Checkpoint, Resources, RootMount};
-use dyad_runtime_handler::stats::{Hierarchy, IoStats, Pressure, Stall, Stats};
+use dyad_runtime_handler::stats::{Hierarchy, IoStats, Stats};
 use dyad_runtime_handler::{Error, Result};
 use oci_spec::runtime::Process;
 use protobuf::well_known_types::any::Any;
@@ -187,7 +187,7 @@ pub fn stats(stats: &Stats) -> Result<Any> {
         ),
         Hierarchy::V2 => (
             "io.containerd.cgroups.v2.Metrics",
-            stats_v2(stats).write_to_bytes(),
+            dyad_agent_api::stats::encode(stats).write_to_bytes(),
         ),
     };
     Ok(Any {
@@ -293,97 +293,6 @@ fn stats_v1(stats: &Stats) -> cgroups::metrics::Metrics {
     }
 }
 
-fn stats_v2(stats: &Stats) -> cgroups_v2::metrics::Metrics {
-    use cgroups_v2::metrics::{
-        CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
-    };
-    let psi = |pressure: Option<Pressure>| pressure.map(psi_stats).into();
-    let m = &stats.memory;
-    Metrics {
-        pids: Some(PidsStat {
-            current: stats.pids.current,
-            // None set is the largest number here, and 0 in v1's metrics.
-            limit: stats.pids.limit,
-            ..Default::default()
-        })
-        .into(),
-        cpu: Some(CPUStat {
-            psi: psi(stats.cpu.pressure),
-            usage_usec: stats.cpu.usage_ns / 1000,
-            user_usec: stats.cpu.user_ns / 1000,
-            system_usec: stats.cpu.system_ns / 1000,
-            nr_periods: stats.cpu.periods,
-            nr_throttled: stats.cpu.throttled_periods,
-            throttled_usec: stats.cpu.throttled_ns / 1000,
-            ..Default::default()
-        })
-        .into(),
-        memory: Some(MemoryStat {
-            psi: psi(m.pressure),
-            anon: m.anon,
-            file: m.file,
-            // The two are one figure here; kept apart nobody adds them up wrongly.
-            kernel_stack: 0,
-            slab: m.kernel,
-            inactive_anon: m.inactive_anon,
-            active_anon: m.active_anon,
-            inactive_file: m.inactive_file,
-            active_file: m.active_file,
-            pgfault: m.pgfault,
-            pgmajfault: m.pgmajfault,
-            usage: m.usage,
-            usage_limit: m.limit,
-            swap_usage: m.swap_usage,
-            swap_limit: m.swap_limit,
-            max_usage: m.peak,
-            ..Default::default()
-        })
-        .into(),
-        io: Some(IOStat {
-            psi: psi(stats.io_pressure),
-            usage: stats
-                .io
-                .iter()
-                .map(|io| IOEntry {
-                    major: io.major,
-                    minor: io.minor,
-                    rbytes: io.read_bytes,
-                    wbytes: io.write_bytes,
-                    rios: io.read_ios,
-                    wios: io.write_ios,
-                    ..Default::default()
-                })
-                .collect(),
-            ..Default::default()
-        })
-        .into(),
-        memory_events: Some(MemoryEvents {
-            max: m.max_events,
-            oom_kill: m.oom_kills,
-            ..Default::default()
-        })
-        .into(),
-        ..Default::default()
-    }
-}
-
-fn psi_stats(pressure: Pressure) -> cgroups_v2::metrics::PSIStats {
-    use cgroups_v2::metrics::{PSIData, PSIStats};
-    let share = |hundredths: u32| f64::from(hundredths) / 100.0;
-    let data = |stall: Stall| PSIData {
-        avg10: share(stall.avg10),
-        avg60: share(stall.avg60),
-        avg300: share(stall.avg300),
-        total: stall.total_us,
-        ..Default::default()
-    };
-    PSIStats {
-        some: Some(data(pressure.some)).into(),
-        full: Some(data(pressure.full)).into(),
-        ..Default::default()
-    }
-}
-
 /// containerd writes a pids limit that is not set as 0 on v1.
 fn limit_or_zero(limit: u64) -> u64 {
     if limit == u64::MAX { 0 } else { limit }
@@ -391,7 +300,8 @@ fn limit_or_zero(limit: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use dyad_runtime_handler::stats::{CpuStats, MemoryStats, PidsStats};
+    use containerd_shim_protos::cgroups_v2;
+    use dyad_runtime_handler::stats::{CpuStats, MemoryStats, PidsStats, Pressure, Stall};
 
     use super::*;
 
