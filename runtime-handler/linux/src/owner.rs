@@ -22,21 +22,20 @@ impl Owner {
     /// # Errors
     /// The file can be neither made nor opened.
     pub fn take(path: &Path) -> io::Result<Option<Self>> {
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(path)?;
-        loop {
-            return match Flock::lock(file.try_clone()?, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => Ok(Some(Self { _lock: lock })),
-                Err((_, Errno::EWOULDBLOCK)) => Ok(None),
-                Err((_, Errno::EINTR)) => continue,
-                Err((_, errno)) => Err(errno.into()),
-            };
+        match lock(path, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(Self { _lock: lock })),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
         }
+    }
+
+    /// As [`Owner::take`], once whoever has it lets go. Blocks the thread.
+    ///
+    /// # Errors
+    /// As for [`Owner::take`].
+    pub fn wait_for(path: &Path) -> io::Result<Self> {
+        let lock = lock(path, FlockArg::LockExclusive)?;
+        Ok(Self { _lock: lock })
     }
 
     /// Whether a live process has it. Without the file nobody does.
@@ -47,6 +46,23 @@ impl Owner {
         match path.try_exists()? {
             true => Ok(Self::take(path)?.is_none()),
             false => Ok(false),
+        }
+    }
+}
+
+fn lock(path: &Path, how: FlockArg) -> io::Result<Flock<File>> {
+    let mut file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)?;
+    loop {
+        match Flock::lock(file, how) {
+            Ok(lock) => return Ok(lock),
+            Err((same, Errno::EINTR)) => file = same,
+            Err((_, errno)) => return Err(errno.into()),
         }
     }
 }
@@ -64,7 +80,12 @@ mod tests {
         let owner = Owner::take(&path).unwrap().expect("it is free");
         assert!(Owner::take(&path).unwrap().is_none());
         assert!(Owner::is_alive(&path).unwrap());
+        let waiting = std::thread::spawn({
+            let path = path.clone();
+            move || Owner::wait_for(&path).unwrap()
+        });
         drop(owner);
+        drop(waiting.join().unwrap());
         assert!(!Owner::is_alive(&path).unwrap());
         let mode = path.metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "no other user may hold it up");

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use dyad_linux::files::{PRIVATE, write_atomically};
+use dyad_linux::owner::Owner;
 use dyad_runtime_handler::Error;
 use dyad_runtime_handler::error::{Context, Result};
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::{Whence, lseek};
 
@@ -123,15 +123,8 @@ fn image_blocking(
 
     // One lock file per image: converting one does not hold up another.
     let lock_path = dir.join(format!("{}.{}", image.key, cache::LOCK));
-    let lock = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&lock_path)
-        .context(|| format!("open {}", lock_path.display()))?;
-    let _locked = Flock::lock(lock, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| errno)
-        .context(|| format!("lock {}", lock_path.display()))?;
+    let _converting =
+        Owner::wait_for(&lock_path).context(|| format!("lock {}", lock_path.display()))?;
     if !image.file.exists() {
         if !private {
             cache::note(&image.file, &layers)?;
